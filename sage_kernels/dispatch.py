@@ -1,0 +1,176 @@
+"""Which backend and mode serve a call. Capability is data: one table, asked before anything runs.
+
+`choose` is the whole decision; `explain` and `availability` (the public face) and the ops all read it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+
+import torch
+
+from .config import PV_MODES, QK_GRANULARITIES, AttentionConfig
+from .quantize import PV
+
+
+@dataclass(frozen=True)
+class Request:
+    """What dispatch looks at: nothing of the data itself."""
+
+    config: AttentionConfig
+    device: torch.device
+    varlen: bool = False
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The answer: `refusal` says why the call cannot run, or is None and the rest says what would run."""
+
+    refusal: str | None
+    backend: str = ""
+    config: AttentionConfig = AttentionConfig()
+    notes: tuple[str, ...] = ()
+    rejected: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def mode(self) -> str:
+        return self.config.pv_accum
+
+    def __str__(self) -> str:
+        if self.refusal:
+            return f"refused: {self.refusal}"
+        c = self.config
+        parts = [name for name in ("smooth_k", "smooth_v", "rotate") if getattr(c, name)]
+        why = "".join(f"; {note}" for note in self.notes)
+        others = "".join(f"; not {name}: {reason}" for name, reason in self.rejected.items())
+        return f"{self.backend} {c.pv_accum} {c.qk_quant_gran} {'+'.join(parts) or 'plain'}{why}{others}"
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One row of the table. `blocked` gives the reason this machine or device cannot use it, or None.
+
+    auto: intent -> (pv_accum, qk_quant_gran), with the reason for each choice beside it.
+    """
+
+    name: str
+    modes: tuple[str, ...]
+    blocked: Callable[[torch.device], str | None]
+    auto: dict[str, tuple[str, str]]
+
+
+def _cuda_blocked(device: torch.device) -> str | None:
+    return "CUDA binary not built: run install.py (this version has no CUDA kernels yet; Triton serves GPUs)"
+
+
+def interpreting() -> bool:
+    """Whether Triton runs its kernels in Python on CPU tensors (TRITON_INTERPRET=1, for tests)."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@lru_cache(maxsize=32)
+def _triton_blocked(device: torch.device) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        package = "triton-windows" if sys.platform == "win32" else "triton"
+        return f"the Python package triton is not installed: pip install {package}"
+    if device.type == "cpu" and interpreting():
+        return None
+    if device.type != "cuda":
+        return f"Triton kernels need an NVIDIA GPU and the tensors are on {device.type}"
+    if torch.version.hip is not None:
+        return "the Triton kernels have not been tested on AMD GPUs"
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) < (8, 0):
+        return f"Triton kernels need compute capability 8.0 (RTX 30 or newer) and this GPU has {major}.{minor}"
+    return None
+
+
+# On Triton fp16 PV is at once the fastest and the most accurate: 8-bit P has to be moved between registers before the
+# matrix unit can read it, which costs more than the faster matrix instruction gains (docs/triton.md has the numbers).
+TABLE = (
+    Backend("cuda", (), _cuda_blocked, {}),
+    Backend(
+        "triton",
+        ("fp16/fp32", "int8/int32"),
+        _triton_blocked,
+        {
+            "auto": ("fp16/fp32", "per_warp"),
+            "fast": ("fp16/fp32", "per_block"),  # one scale a tile: two multiplications fewer for each score
+            "balanced": ("fp16/fp32", "per_warp"),
+            "accurate": ("fp16/fp32", "per_thread"),
+        },
+    ),
+    # The emulation has no speed to trade, so every intent gets the most accurate mode.
+    Backend("reference", PV_MODES, lambda device: None, dict.fromkeys(
+        ("auto", "fast", "balanced", "accurate"), ("fp16/fp32", "per_thread"))),
+)
+
+
+def availability(device: torch.device | str | None = None) -> dict[str, str]:
+    """Backend name -> "yes", or the reason it cannot be used; for the current GPU if there is one, else the CPU."""
+    if device is None:
+        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    return {backend.name: backend.blocked(torch.device(device)) or "yes" for backend in TABLE}
+
+
+@lru_cache(maxsize=512)
+def choose(request: Request) -> Choice:
+    """The first backend of the table that can serve the request, with the reasons why those before it cannot."""
+    rejected: dict[str, str] = {}
+    for backend in TABLE:
+        reason = _refusal(backend, request)
+        if reason is None:
+            config, notes = _resolve(backend, request.config)
+            return Choice(None, backend.name, config, notes, rejected)
+        rejected[backend.name] = reason
+    why = "; ".join(f"{name}: {reason}" for name, reason in rejected.items())
+    return Choice(f"no backend can serve this call on {request.device} ({why})", rejected=rejected)
+
+
+def _refusal(backend: Backend, request: Request) -> str | None:
+    config = request.config
+    if config.backend not in ("auto", backend.name):
+        return f"backend={config.backend!r} was asked for"
+    if reason := backend.blocked(request.device):
+        return reason
+    if config.strict and config.pv_accum not in ("auto", *backend.modes):
+        return f"it has no {config.pv_accum}; it has {', '.join(backend.modes)}"
+    if not config.strict and config.backend == "auto" and backend.name == "reference" and request.device.type != "cpu":
+        return "the emulation is slower than unquantised attention on a GPU; ask for backend='reference' to get it"
+    return None
+
+
+def _resolve(backend: Backend, config: AttentionConfig) -> tuple[AttentionConfig, tuple[str, ...]]:
+    """Every "auto" filled in and, where config is not strict, a mode the backend lacks replaced by one it has."""
+    auto_mode, auto_gran = backend.auto[config.intent]
+    notes = []
+    mode = auto_mode if config.pv_accum == "auto" else config.pv_accum
+    if mode not in backend.modes:
+        wanted, mode = mode, nearest_mode(mode, backend.modes)
+        notes.append(f"pv_accum {wanted} is not available on {backend.name}; served by {mode}, which is as accurate")
+    quantised_v = PV[mode].p_dtype != "fp16" or mode == "fp16/fp16"  # where V's mean would cost accuracy
+    resolved = replace(
+        config,
+        pv_accum=mode,
+        qk_quant_gran=auto_gran if config.qk_quant_gran == "auto" else config.qk_quant_gran,
+        smooth_k=True if config.smooth_k == "auto" else config.smooth_k,
+        smooth_v=quantised_v if config.smooth_v == "auto" else config.smooth_v,
+        rotate=True if config.rotate == "auto" else config.rotate,
+        backend=backend.name,
+    )
+    return resolved, tuple(notes)
+
+
+def nearest_mode(wanted: str, available: tuple[str, ...]) -> str:
+    """The available mode closest to `wanted` in error among those at least as accurate, else the most accurate."""
+    by_error = sorted(available, key=lambda mode: PV[mode].error)
+    good = [mode for mode in by_error if PV[mode].error <= PV[wanted].error]
+    return good[-1] if good else by_error[0]
+
+
+assert set(QK_GRANULARITIES) and all(set(b.modes) <= set(PV_MODES) for b in TABLE)

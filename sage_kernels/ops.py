@@ -1,0 +1,107 @@
+"""The torch.library ops: one opaque node each for torch.compile, with what they return spelled out as a fake.
+
+A config crosses as AttentionConfig.encode(); dispatch happens inside, so that nothing of it is traced.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .config import AttentionConfig
+from .dispatch import Choice, Request, choose
+
+
+@torch.library.custom_op("sage_kernels::attention", mutates_args=())
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None,
+    tensor_layout: str,
+    is_causal: bool,
+    sm_scale: float,
+    return_lse: bool,
+    config: str,
+) -> tuple[Tensor, Tensor]:
+    """(out, lse); lse is empty [0] unless asked for. Inputs have passed config.check_inputs."""
+    return run([q, k, v], attn_mask, tensor_layout, is_causal, sm_scale, return_lse, AttentionConfig.decode(config))
+
+
+@attention.register_fake
+def _(q, k, v, attn_mask, tensor_layout, is_causal, sm_scale, return_lse, config):
+    return torch.empty_like(q, memory_format=torch.contiguous_format), _empty_lse(q, tensor_layout, return_lse)
+
+
+def run(
+    qkv: list[Tensor],
+    attn_mask: Tensor | None,
+    tensor_layout: str,
+    is_causal: bool,
+    sm_scale: float,
+    return_lse: bool,
+    config: AttentionConfig,
+) -> tuple[Tensor, Tensor]:
+    """Serve one call. `qkv` is emptied as early as the backend can, so that a caller who let go of them frees memory."""
+    choice = accept(choose(Request(config, qkv[0].device)))
+    if choice.backend == "triton":
+        from .triton import launch
+
+        return launch.attention(qkv, attn_mask, tensor_layout, is_causal, sm_scale, return_lse, choice.config)
+    q, k, v = (x if tensor_layout == "HND" else x.transpose(1, 2) for x in qkv)
+    qkv.clear()
+    out, lse = reference.attention(
+        q, k, v, config=choice.config, is_causal=is_causal, sm_scale=sm_scale, attn_mask=attn_mask
+    )
+    out = out if tensor_layout == "HND" else out.transpose(1, 2)
+    return out.contiguous(), lse if return_lse else lse.new_empty(0)
+
+
+@torch.library.custom_op("sage_kernels::attention_varlen", mutates_args=())
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    is_causal: bool,
+    sm_scale: float,
+    config: str,
+) -> Tensor:
+    """Packed sequences: q [total_q, heads, d], k and v [total_k, kv_heads, d], int32 cu_seqlens of sequences + 1."""
+    choice = accept(choose(Request(AttentionConfig.decode(config), q.device, varlen=True)))
+    if choice.backend == "triton":
+        from .triton import launch
+
+        return launch.attention_varlen(
+            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, is_causal, sm_scale, choice.config
+        )
+    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    q_ends, k_ends = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    for i in range(len(q_ends) - 1):
+        rows, cols = slice(q_ends[i], q_ends[i + 1]), slice(k_ends[i], k_ends[i + 1])
+        if rows.start == rows.stop or cols.start == cols.stop:
+            continue
+        part = [x[None, s].transpose(1, 2) for x, s in ((q, rows), (k, cols), (v, cols))]
+        one, _ = reference.attention(*part, config=choice.config, is_causal=is_causal, sm_scale=sm_scale)
+        out[rows] = one[0].transpose(0, 1)
+    return out
+
+
+@attention_varlen.register_fake
+def _(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, is_causal, sm_scale, config):
+    return torch.empty_like(q, memory_format=torch.contiguous_format)
+
+
+def accept(choice: Choice) -> Choice:
+    if choice.refusal is not None:
+        raise RuntimeError(choice.refusal)
+    return choice
+
+
+def _empty_lse(q: Tensor, tensor_layout: str, return_lse: bool) -> Tensor:
+    b, h, n = (q.shape[0], q.shape[1], q.shape[2]) if tensor_layout == "HND" else (q.shape[0], q.shape[2], q.shape[1])
+    return q.new_empty((b, h, n) if return_lse else (0,), dtype=torch.float32)
