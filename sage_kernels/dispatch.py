@@ -118,6 +118,7 @@ def availability(device: torch.device | str | None = None) -> dict[str, str]:
     return {backend.name: backend.blocked(torch.device(device)) or "yes" for backend in TABLE}
 
 
+@torch.compiler.assume_constant_result
 @lru_cache(maxsize=512)
 def choose(request: Request) -> Choice:
     """The first backend of the table that can serve the request, with the reasons why those before it cannot."""

@@ -1,0 +1,251 @@
+"""Fused quantisation of q, k and v for the attention kernel. docs/algorithm.md, "Quantisation".
+
+Everything is written padded with zeros to whole tiles of BLOCK tokens and D channels, so that the attention kernel loads
+without bounds. A kv head that holds a NaN or inf is flagged in `bad`; exact.py then serves it.
+"""
+
+import triton
+import triton.language as tl
+
+BLOCK = tl.constexpr(128)  # tokens a program quantises; also the int8 PV tile, whose sums of V it writes
+MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding and subtracting it rounds to the nearest even integer
+TINY = tl.constexpr(1e-30)
+HASH = tl.constexpr(0x9E3779B1)
+
+
+@triton.jit
+def span(cu, b, n, VARLEN: tl.constexpr):
+    """(first token, number of tokens) of batch entry b: row b of a padded batch, or the packed sequence b."""
+    if VARLEN:
+        first = tl.load(cu + b)
+        return first.to(tl.int64), tl.load(cu + b + 1) - first
+    else:
+        return tl.zeros((), tl.int64), n
+
+
+@triton.jit
+def not_finite(x):
+    """1 if any element of x is NaN or inf, else 0."""
+    return tl.max(tl.max((tl.abs(x) < float("inf")).to(tl.int32) ^ 1, 1), 0)
+
+
+@triton.jit
+def rotation(first, ROWS: tl.constexpr, D: tl.constexpr, dtype: tl.constexpr):
+    """Rows first .. first + ROWS of quantize.rotation_signs(D)[:, None] * Hadamard(D), made from the bits of the indices."""
+    i = first + tl.arange(0, ROWS)
+    odd = i[:, None] & tl.arange(0, D)[None, :]
+    odd ^= odd >> 4
+    odd ^= odd >> 2
+    odd ^= odd >> 1
+    sign = (i.to(tl.uint32) * HASH) >> 31
+    return (1 - 2 * ((odd ^ sign.to(tl.int32)[:, None]) & 1)).to(dtype)
+
+
+@triton.jit
+def load_tokens(base, tokens, stride_n, n, first, COLS: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """[tokens, COLS] of channels first .. first + COLS, zero beyond n tokens and HEAD_DIM channels."""
+    channel = first + tl.arange(0, COLS)
+    inside = (tokens[:, None] < n) & (channel[None, :] < HEAD_DIM)
+    return tl.load(base + tokens[:, None].to(tl.int64) * stride_n + channel[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def load_rotated(base, tokens, stride_n, n, HEAD_DIM: tl.constexpr, D: tl.constexpr, ROTATE: tl.constexpr):
+    """(x [BLOCK, D] float32, rotated if asked, whether it holds a NaN or inf)."""
+    if ROTATE:
+        STEP: tl.constexpr = 64
+        x = tl.zeros([BLOCK, D], tl.float32)
+        bad = tl.zeros((), tl.int32)
+        for first in tl.static_range(0, D, STEP):
+            part = load_tokens(base, tokens, stride_n, n, first, STEP, HEAD_DIM)
+            bad |= not_finite(part.to(tl.float32))
+            x = tl.dot(part, rotation(first, STEP, D, part.dtype), x, input_precision="ieee")
+        return x * (D**-0.5), bad
+    else:
+        x = load_tokens(base, tokens, stride_n, n, 0, D, HEAD_DIM).to(tl.float32)
+        return x, not_finite(x)
+
+
+@triton.jit
+def int8_groups(x, GROUP: tl.constexpr, SUB: tl.constexpr):
+    """(codes int8 [BLOCK, D], scales [BLOCK // GROUP * SUB]) with the groups of quantize.Granularity."""
+    top = tl.reshape(tl.max(tl.abs(x), 1), [BLOCK // GROUP, GROUP // 8, SUB, 8 // SUB])
+    top = tl.max(tl.max(top, 3), 1)  # [BLOCK // GROUP, SUB]
+    inverse = tl.where(top > TINY, tl.math.div_rn(127.0, top), 0.0)
+    scale = tl.where(top > TINY, tl.math.div_rn(top, 127.0), 0.0)
+    spread = tl.broadcast_to(inverse[:, None, :, None], [BLOCK // GROUP, GROUP // 8, SUB, 8 // SUB])
+    codes = (x * tl.reshape(spread, [BLOCK])[:, None] + MAGIC) - MAGIC
+    return codes.to(tl.int8), tl.reshape(scale, [BLOCK // GROUP * SUB])
+
+
+@triton.jit
+def store_int8(codes, scales, code_ptr, scale_ptr, block, padded, row, D: tl.constexpr, GROUPS: tl.constexpr):
+    """Write block number `block` of a [rows, padded, D] code tensor and its [rows, padded // BLOCK * GROUPS] scales."""
+    tokens = block * BLOCK + tl.arange(0, BLOCK)
+    offset = (row * padded + tokens[:, None]) * D + tl.arange(0, D)[None, :]
+    tl.store(code_ptr + offset, codes)
+    tl.store(scale_ptr + row * (padded // BLOCK * GROUPS) + block * GROUPS + tl.arange(0, GROUPS), scales)
+
+
+@triton.jit(do_not_specialize=["kv_heads", "nk", "chunk"])
+def stats_kernel(
+    k, v, cu_k, partial, bad,
+    stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    kv_heads, nk, chunk,
+    HEAD_DIM: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, VARLEN: tl.constexpr,
+):  # fmt: skip
+    """partial [chunks, b * kv_heads, 4, D]: sum of k, sum of v, smallest v, largest v, over one chunk of tokens each."""
+    row = tl.program_id(1).to(tl.int64)
+    b, h = row // kv_heads, row % kv_heads
+    start, n = span(cu_k, b, nk, VARLEN)
+    batch = 0 if VARLEN else b
+    k += batch * stride_kb + h * stride_kh + start * stride_kn
+    v += batch * stride_vb + h * stride_vh + start * stride_vn
+    k_sum = tl.zeros([D], tl.float32)
+    v_sum = tl.zeros([D], tl.float32)
+    low = tl.full([D], float("inf"), tl.float32)
+    high = tl.full([D], float("-inf"), tl.float32)
+    flag = tl.zeros((), tl.int32)
+    first = tl.program_id(0) * chunk
+    for at in range(first, min(first + chunk, n), ROWS):
+        tokens = at + tl.arange(0, ROWS)
+        keys = load_tokens(k, tokens, stride_kn, n, 0, D, HEAD_DIM).to(tl.float32)
+        values = load_tokens(v, tokens, stride_vn, n, 0, D, HEAD_DIM).to(tl.float32)
+        flag |= not_finite(keys) | not_finite(values)
+        k_sum += tl.sum(keys, 0)
+        v_sum += tl.sum(values, 0)
+        inside = tokens[:, None] < n
+        low = tl.minimum(low, tl.min(tl.where(inside, values, float("inf")), 0))
+        high = tl.maximum(high, tl.max(tl.where(inside, values, float("-inf")), 0))
+    channel = tl.arange(0, D)
+    partial += (tl.program_id(0) * tl.num_programs(1) + row) * 4 * D + channel
+    tl.store(partial, k_sum)
+    tl.store(partial + D, v_sum)
+    tl.store(partial + 2 * D, low)
+    tl.store(partial + 3 * D, high)
+    tl.store(bad + row, 1, mask=flag != 0)
+
+
+@triton.jit(do_not_specialize=["kv_heads", "nk", "chunks"])
+def finish_stats_kernel(
+    partial, cu_k, k_mean, k_mean_rotated, v_mean, v_scale,
+    kv_heads, nk, chunks, v_max,
+    D: tl.constexpr, ROTATE: tl.constexpr, SMOOTH_K: tl.constexpr, SMOOTH_V: tl.constexpr,
+    POWER_OF_TWO: tl.constexpr, VARLEN: tl.constexpr,
+):  # fmt: skip
+    """Means and V's scale per channel, each [b * kv_heads, D], from the partial sums and extremes."""
+    row = tl.program_id(0).to(tl.int64)
+    _, n = span(cu_k, row // kv_heads, nk, VARLEN)
+    channel = tl.arange(0, D)
+    k_sum = tl.zeros([D], tl.float32)
+    v_sum = tl.zeros([D], tl.float32)
+    low = tl.full([D], float("inf"), tl.float32)
+    high = tl.full([D], float("-inf"), tl.float32)
+    for c in range(0, chunks):
+        at = partial + (c * tl.num_programs(0) + row) * 4 * D + channel
+        k_sum += tl.load(at)
+        v_sum += tl.load(at + D)
+        low = tl.minimum(low, tl.load(at + 2 * D))
+        high = tl.maximum(high, tl.load(at + 3 * D))
+    k_mean_value = k_sum / n if SMOOTH_K else tl.zeros([D], tl.float32)
+    v_mean_value = v_sum / n if SMOOTH_V else tl.zeros([D], tl.float32)
+    top = tl.maximum(tl.abs(high - v_mean_value), tl.abs(low - v_mean_value))
+    if POWER_OF_TWO:
+        scale = tl.exp2(tl.ceil(tl.log2(top / v_max)))
+    else:
+        scale = tl.math.div_rn(top, tl.zeros([D], tl.float32) + v_max)
+    tl.store(v_scale + row * D + channel, tl.where(top > TINY, scale, 0.0))
+    tl.store(k_mean + row * D + channel, k_mean_value)
+    tl.store(v_mean + row * D + channel, v_mean_value)
+    if ROTATE:
+        turned = tl.zeros([D], tl.float32)
+        STEP: tl.constexpr = 64
+        for first in tl.static_range(0, D, STEP):
+            part = tl.load(k_mean + row * D + first + tl.arange(0, STEP))
+            turned += tl.sum(part[:, None] * rotation(first, STEP, D, tl.float32), 0)
+        tl.store(k_mean_rotated + row * D + channel, turned * (D**-0.5))
+
+
+@triton.jit(do_not_specialize=["heads", "group", "nq"])
+def quantize_q_kernel(
+    q, cu_q, k_mean, codes, scales, lse_shift, bad,
+    stride_qb, stride_qh, stride_qn,
+    heads, group, nq, padded, sm_scale, factor,
+    HEAD_DIM: tl.constexpr, D: tl.constexpr, GROUP: tl.constexpr, SUB: tl.constexpr,
+    ROTATE: tl.constexpr, SHIFT: tl.constexpr, VARLEN: tl.constexpr,
+):  # fmt: skip
+    """q * factor (sm_scale * log2 e) to int8; with SHIFT also lse_shift = q . k_mean * sm_scale."""
+    row = tl.program_id(1).to(tl.int64)
+    b, h = row // heads, row % heads
+    block = tl.program_id(0)
+    start, n = span(cu_q, b, nq, VARLEN)
+    if block * BLOCK >= n:
+        return
+    q += (0 if VARLEN else b) * stride_qb + h * stride_qh + start * stride_qn
+    tokens = block * BLOCK + tl.arange(0, BLOCK)
+    kv_row = b * (heads // group) + h // group
+    x, flag = load_rotated(q, tokens, stride_qn, n, HEAD_DIM, D, ROTATE)
+    tl.store(bad + kv_row, 1, mask=flag != 0)
+    code, scale = int8_groups(x * factor, GROUP, SUB)
+    store_int8(code, scale, codes, scales, block, padded, row, D, BLOCK // GROUP * SUB)
+    if SHIFT:
+        plain = load_tokens(q, tokens, stride_qn, n, 0, D, HEAD_DIM).to(tl.float32)
+        mean = tl.load(k_mean + kv_row * D + tl.arange(0, D))
+        tl.store(lse_shift + row * padded + tokens, tl.sum(plain * mean[None, :], 1) * sm_scale)
+
+
+@triton.jit(do_not_specialize=["kv_heads", "nk"])
+def quantize_kv_kernel(
+    k, v, cu_k, k_mean_rotated, v_mean, v_scale, k_codes, k_scales, v_codes, v_sums,
+    stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    kv_heads, nk, padded,
+    HEAD_DIM: tl.constexpr, D: tl.constexpr, GROUP: tl.constexpr, SUB: tl.constexpr,
+    ROTATE: tl.constexpr, INT8_V: tl.constexpr, SUM_V: tl.constexpr, VARLEN: tl.constexpr,
+):  # fmt: skip
+    """k - mean to int8; (v - mean) / scale to fp16 [tokens, D] or int8 [D, tokens], and its sums per BLOCK of tokens."""
+    row = tl.program_id(1).to(tl.int64)
+    b, h = row // kv_heads, row % kv_heads
+    block = tl.program_id(0)
+    start, n = span(cu_k, b, nk, VARLEN)
+    if block * BLOCK >= n:
+        return
+    batch = 0 if VARLEN else b
+    k += batch * stride_kb + h * stride_kh + start * stride_kn
+    v += batch * stride_vb + h * stride_vh + start * stride_vn
+    tokens = block * BLOCK + tl.arange(0, BLOCK)
+    channel = tl.arange(0, D)
+    inside = (tokens < n)[:, None]
+
+    x, _ = load_rotated(k, tokens, stride_kn, n, HEAD_DIM, D, ROTATE)
+    x = tl.where(inside, x - tl.load(k_mean_rotated + row * D + channel)[None, :], 0.0)
+    code, scale = int8_groups(x, GROUP, SUB)
+    store_int8(code, scale, k_codes, k_scales, block, padded, row, D, BLOCK // GROUP * SUB)
+
+    values = load_tokens(v, tokens, stride_vn, n, 0, D, HEAD_DIM).to(tl.float32)
+    scale_v = tl.load(v_scale + row * D + channel)
+    inverse = tl.where(scale_v > 0, tl.math.div_rn(1.0, scale_v), 0.0)
+    values = (values - tl.load(v_mean + row * D + channel)[None, :]) * inverse[None, :]
+    values = tl.where(inside, values, 0.0)
+    if INT8_V:
+        values = tl.minimum(tl.maximum((values + MAGIC) - MAGIC, -127.0), 127.0)
+        offset = (row * D + channel[None, :]) * padded + tokens[:, None]
+        tl.store(v_codes + offset, values.to(tl.int8))
+    else:
+        rounded = values.to(tl.float16)
+        tl.store(v_codes + (row * padded + tokens[:, None]) * D + channel[None, :], rounded)
+        values = rounded.to(tl.float32)
+    if SUM_V:
+        tl.store(v_sums + (row * (padded // BLOCK) + block) * D + channel, tl.sum(values, 0))
+
+
+@triton.jit(do_not_specialize=["kv_heads", "nk", "blocks"])
+def put_back_kernel(v_sums, v_mean, v_scale, cu_k, kv_heads, nk, blocks, D: tl.constexpr, VARLEN: tl.constexpr):
+    """v_mean becomes what the output gets back: the mean of V minus the mean that its codes still have."""
+    row = tl.program_id(0).to(tl.int64)
+    _, n = span(cu_k, row // kv_heads, nk, VARLEN)
+    channel = tl.arange(0, D)
+    total = tl.zeros([D], tl.float32)
+    for block in range(0, tl.cdiv(n, BLOCK)):
+        total += tl.load(v_sums + (row * blocks + block) * D + channel)
+    at = row * D + channel
+    tl.store(v_mean + at, tl.load(v_mean + at) - total / n * tl.load(v_scale + at))
