@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import ops
 from .config import PV_MODES, QK_GRANULARITIES, AttentionConfig, check_inputs
-from .dispatch import Choice, Request, availability, choose
+from .dispatch import Choice, availability, chosen
 from .varlen import sageattn_varlen
 
 __all__ = [
@@ -101,7 +101,7 @@ def explain(
         check_inputs(q, k, v, tensor_layout=tensor_layout, sm_scale=sm_scale, attn_mask=attn_mask)
     except (TypeError, ValueError) as error:
         return Choice(str(error))
-    return choose(Request(config, q.device))
+    return chosen(config.encode(), str(q.device))
 
 
 def sageattn(

@@ -113,7 +113,9 @@ def check_inputs(
         raise ValueError(f"head_dim is {head_dim}; it must be 1 to {MAX_HEAD_DIM}")
     for name, n in (("q", nq), ("k", nk)):
         if n == 0:
-            raise ValueError(f"{name} has 0 tokens; at least 1 is needed (skip the call when there is nothing to attend)")
+            raise ValueError(
+                f"{name} has 0 tokens; at least 1 is needed (skip the call when there is nothing to attend)"
+            )
     if batch == 0 or heads == 0 or kv_heads == 0:
         raise ValueError(f"q has shape {tuple(q.shape)} and k {tuple(k.shape)}; batch and heads must be at least 1")
     if heads % kv_heads:
@@ -126,7 +128,9 @@ def check_inputs(
             )
     if sm_scale is not None:
         if isinstance(sm_scale, bool) or not isinstance(sm_scale, (int, float)):
-            raise TypeError(f"sm_scale is a {type(sm_scale).__name__}; it must be a float, or None for head_dim ** -0.5")
+            raise TypeError(
+                f"sm_scale is a {type(sm_scale).__name__}; it must be a float, or None for head_dim ** -0.5"
+            )
         if not math.isfinite(sm_scale):
             raise ValueError(f"sm_scale is {sm_scale}; it must be finite, or None for head_dim ** -0.5")
     if attn_mask is not None:

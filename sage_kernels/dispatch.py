@@ -14,7 +14,7 @@ from functools import lru_cache
 
 import torch
 
-from .config import PV_MODES, QK_GRANULARITIES, AttentionConfig
+from .config import INTENTS, PV_MODES, AttentionConfig
 from .quantize import PV
 
 
@@ -24,7 +24,6 @@ class Request:
 
     config: AttentionConfig
     device: torch.device
-    varlen: bool = False
 
 
 @dataclass(frozen=True)
@@ -99,15 +98,15 @@ TABLE = (
         ("fp16/fp32", "int8/int32"),
         _triton_blocked,
         {
+            # per warp costs nothing over per block: a tile of keys has one scale, which the rows carry
             "auto": ("fp16/fp32", "per_warp"),
-            "fast": ("fp16/fp32", "per_block"),  # one scale a tile: two multiplications fewer for each score
+            "fast": ("fp16/fp32", "per_warp"),
             "balanced": ("fp16/fp32", "per_warp"),
-            "accurate": ("fp16/fp32", "per_thread"),
+            "accurate": ("fp16/fp32", "per_thread"),  # one more multiplication for each score
         },
     ),
     # The emulation has no speed to trade, so every intent gets the most accurate mode.
-    Backend("reference", PV_MODES, lambda device: None, dict.fromkeys(
-        ("auto", "fast", "balanced", "accurate"), ("fp16/fp32", "per_thread"))),
+    Backend("reference", PV_MODES, lambda device: None, dict.fromkeys(INTENTS, ("fp16/fp32", "per_thread"))),
 )
 
 
@@ -119,6 +118,11 @@ def availability(device: torch.device | str | None = None) -> dict[str, str]:
 
 
 @torch.compiler.assume_constant_result
+def chosen(config: str, device: str) -> Choice:
+    """`choose` for torch.compile: run once while tracing, its answer a constant of the graph."""
+    return choose(Request(AttentionConfig.decode(config), torch.device(device)))
+
+
 @lru_cache(maxsize=512)
 def choose(request: Request) -> Choice:
     """The first backend of the table that can serve the request, with the reasons why those before it cannot."""
@@ -139,6 +143,8 @@ def _refusal(backend: Backend, request: Request) -> str | None:
         return f"backend={config.backend!r} was asked for"
     if reason := backend.blocked(request.device):
         return reason
+    if backend.name == "triton" and config.backend == "auto" and request.device.type == "cpu":
+        return "its interpreter is for tests; ask for backend='triton' to get it"
     if config.strict and config.pv_accum not in ("auto", *backend.modes):
         return f"it has no {config.pv_accum}; it has {', '.join(backend.modes)}"
     if not config.strict and config.backend == "auto" and backend.name == "reference" and request.device.type != "cpu":
@@ -172,6 +178,3 @@ def nearest_mode(wanted: str, available: tuple[str, ...]) -> str:
     by_error = sorted(available, key=lambda mode: PV[mode].error)
     good = [mode for mode in by_error if PV[mode].error <= PV[wanted].error]
     return good[-1] if good else by_error[0]
-
-
-assert set(QK_GRANULARITIES) and all(set(b.modes) <= set(PV_MODES) for b in TABLE)

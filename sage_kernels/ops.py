@@ -72,7 +72,7 @@ def attention_varlen(
     config: str,
 ) -> Tensor:
     """Packed sequences: q [total_q, heads, d], k and v [total_k, kv_heads, d], int32 cu_seqlens of sequences + 1."""
-    choice = accept(choose(Request(AttentionConfig.decode(config), q.device, varlen=True)))
+    choice = accept(choose(Request(AttentionConfig.decode(config), q.device)))
     if choice.backend == "triton":
         from .triton import launch
 

@@ -7,7 +7,7 @@ heads of each. docs/algorithm.md says what each step is for.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -67,7 +67,9 @@ class Grouped:
     sm_scale: float
 
     @staticmethod
-    def of(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, sm_scale: float | None, attn_mask: Tensor | None) -> Grouped:
+    def of(
+        q: Tensor, k: Tensor, v: Tensor, is_causal: bool, sm_scale: float | None, attn_mask: Tensor | None
+    ) -> Grouped:
         b, heads, nq, d = q.shape
         g, nk = k.shape[1], k.shape[2]
         mask = None if attn_mask is None else attn_mask.expand(b, heads, nq, nk).unflatten(1, (g, heads // g))
@@ -132,7 +134,7 @@ def _hide(score: Tensor, allowed: Tensor | None) -> Tensor:
     return score if allowed is None else score.masked_fill(~allowed, float("-inf"))
 
 
-def _exp(x: Tensor, function, allowed: Tensor | None) -> Tensor:
+def _exp(x: Tensor, function: Callable[[Tensor], Tensor], allowed: Tensor | None) -> Tensor:
     p = function(x)
     return p if allowed is None else p.masked_fill(~allowed, 0.0)
 

@@ -15,7 +15,9 @@ KEY_GROUP = tl.constexpr(64)  # keys of one K scale (interleaved four ways if SU
 
 
 @triton.jit
-def apply_mask(score, m, n, nq, nk, mask, stride_q, stride_k, CAUSAL: tl.constexpr, MASK: tl.constexpr, ROWS: tl.constexpr):
+def apply_mask(
+    score, m, n, nq, nk, mask, stride_q, stride_k, CAUSAL: tl.constexpr, MASK: tl.constexpr, ROWS: tl.constexpr
+):
     """(score with -inf where hidden, visible). MASK: "none", "bool" or "add" (in natural log, as callers give it).
 
     ROWS False: the mask is the same for every query, and one row of it is read.

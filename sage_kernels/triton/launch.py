@@ -15,7 +15,7 @@ from . import attention as attention_kernels
 from . import exact, quantize
 
 BLOCK = quantize.BLOCK.value
-CHUNKS = 2048  # programs of the statistics pass that fill a GPU; more would only add partial sums
+PROGRAMS = 2048  # programs that fill a GPU: more than this many only repeat each program's set-up
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class Tiles:
 
 
 TILES = {
-    (64, False): Tiles(128, 64, 4, 3),
-    (128, False): Tiles(128, 64, 8, 3),
+    (64, False): Tiles(128, 64, 8, 3),
+    (128, False): Tiles(128, 64, 4, 3),
     (256, False): Tiles(64, 64, 4, 2),
     (64, True): Tiles(128, INT8_KEY_TILE, 8, 2),
     (128, True): Tiles(128, INT8_KEY_TILE, 8, 2),
@@ -176,6 +176,11 @@ def _readable(x: Tensor) -> Tensor:
     return x.float() if interpreting() and x.dtype == torch.bfloat16 else x
 
 
+def _programs(blocks: int, rows: int) -> int:
+    """How many programs share the `blocks` blocks of one row."""
+    return min(blocks, -(-PROGRAMS // rows))
+
+
 def _quantise(call: Call, q: Tensor, k: Tensor, v: Tensor) -> Quantised:
     config, gran, dim = call.config, call.granularity, call.dim
     rows, kv_rows = call.batch * call.heads, call.batch * call.kv_heads
@@ -204,27 +209,38 @@ def _quantise(call: Call, q: Tensor, k: Tensor, v: Tensor) -> Quantised:
 
     common = {"HEAD_DIM": call.head_dim, "D": dim, "VARLEN": call.cu_q is not None}
     k_strides, v_strides = k.stride()[:3], v.stride()[:3]
-    chunks = max(1, min(k_blocks, CHUNKS // kv_rows))
+    chunks = max(1, min(k_blocks, PROGRAMS // kv_rows))
     chunk = -(-k_blocks // chunks) * BLOCK
     chunks = -(-call.nk // chunk)
     partial = new((chunks, kv_rows, 4, dim), torch.float32)
     quantize.stats_kernel[(chunks, kv_rows)](
-        k, v, call.cu_k, partial, out.bad, *k_strides, *v_strides, call.kv_heads, call.nk, chunk, ROWS=8192 // dim, **common
+        k,
+        v,
+        call.cu_k,
+        partial,
+        out.bad,
+        *k_strides,
+        *v_strides,
+        call.kv_heads,
+        call.nk,
+        chunk,
+        ROWS=4096 // dim,
+        **common,
     )
     quantize.finish_stats_kernel[(kv_rows,)](
         partial, call.cu_k, k_mean, k_mean_rotated, out.put_back, out.v_scale, call.kv_heads, call.nk, chunks,
         v_range(config.pv_accum, call.nk), D=dim, VARLEN=common["VARLEN"], ROTATE=config.rotate,
         SMOOTH_K=config.smooth_k, SMOOTH_V=config.smooth_v, POWER_OF_TWO=not call.int8_v,
     )  # fmt: skip
-    quantize.quantize_q_kernel[(q_blocks, rows)](
+    quantize.quantize_q_kernel[(_programs(q_blocks, rows), rows)](
         q, call.cu_q, k_mean, out.q, out.q_scale, out.lse_shift, out.bad, *q.stride()[:3], call.heads, call.group, call.nq,
         q_padded, call.sm_scale, call.sm_scale * LOG2E, GROUP=gran.q_block, SUB=gran.q_sub, ROTATE=config.rotate,
-        SHIFT=call.shifts_lse, num_warps=8, **common,
+        SHIFT=call.shifts_lse, num_warps=8, num_stages=1, **common,
     )  # fmt: skip
-    quantize.quantize_kv_kernel[(k_blocks, kv_rows)](
+    quantize.quantize_kv_kernel[(_programs(k_blocks, kv_rows), kv_rows)](
         k, v, call.cu_k, k_mean_rotated, out.put_back, out.v_scale, out.k, out.k_scale, out.v, out.v_sums, *k_strides,
         *v_strides, call.kv_heads, call.nk, k_padded, GROUP=gran.k_block, SUB=gran.k_sub, ROTATE=config.rotate,
-        INT8_V=call.int8_v, SUM_V=sums, num_warps=8, **common,
+        INT8_V=call.int8_v, SUM_V=sums, num_warps=8, num_stages=1, **common,
     )  # fmt: skip
     if config.smooth_v:
         quantize.put_back_kernel[(kv_rows,)](

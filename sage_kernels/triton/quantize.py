@@ -24,12 +24,6 @@ def span(cu, b, n, VARLEN: tl.constexpr):
 
 
 @triton.jit
-def not_finite(x):
-    """1 if any element of x is NaN or inf, else 0."""
-    return tl.max(tl.max((tl.abs(x) < float("inf")).to(tl.int32) ^ 1, 1), 0)
-
-
-@triton.jit
 def rotation(first, ROWS: tl.constexpr, D: tl.constexpr, dtype: tl.constexpr):
     """Rows first .. first + ROWS of quantize.rotation_signs(D)[:, None] * Hadamard(D), made from the bits of the indices."""
     i = first + tl.arange(0, ROWS)
@@ -50,32 +44,34 @@ def load_tokens(base, tokens, stride_n, n, first, COLS: tl.constexpr, HEAD_DIM: 
 
 
 @triton.jit
-def load_rotated(base, tokens, stride_n, n, HEAD_DIM: tl.constexpr, D: tl.constexpr, ROTATE: tl.constexpr):
-    """(x [BLOCK, D] float32, rotated if asked, whether it holds a NaN or inf)."""
-    if ROTATE:
+def load_rotated(base, tokens, stride_n, n, turn, HEAD_DIM: tl.constexpr, D: tl.constexpr, ROTATE: tl.constexpr):
+    """x [BLOCK, D] float32, rotated if asked. turn: the whole rotation where D is at most 128, else made in slices."""
+    if not ROTATE:
+        return load_tokens(base, tokens, stride_n, n, 0, D, HEAD_DIM).to(tl.float32)
+    if D <= 128:
+        x = tl.dot(load_tokens(base, tokens, stride_n, n, 0, D, HEAD_DIM), turn, input_precision="ieee")
+    else:
         STEP: tl.constexpr = 64
         x = tl.zeros([BLOCK, D], tl.float32)
-        bad = tl.zeros((), tl.int32)
         for first in tl.static_range(0, D, STEP):
             part = load_tokens(base, tokens, stride_n, n, first, STEP, HEAD_DIM)
-            bad |= not_finite(part.to(tl.float32))
             x = tl.dot(part, rotation(first, STEP, D, part.dtype), x, input_precision="ieee")
-        return x * (D**-0.5), bad
-    else:
-        x = load_tokens(base, tokens, stride_n, n, 0, D, HEAD_DIM).to(tl.float32)
-        return x, not_finite(x)
+    return x * (D**-0.5)
 
 
 @triton.jit
 def int8_groups(x, GROUP: tl.constexpr, SUB: tl.constexpr):
-    """(codes int8 [BLOCK, D], scales [BLOCK // GROUP * SUB]) with the groups of quantize.Granularity."""
-    top = tl.reshape(tl.max(tl.abs(x), 1), [BLOCK // GROUP, GROUP // 8, SUB, 8 // SUB])
+    """(codes int8 [BLOCK, D], scales [BLOCK // GROUP * SUB], 1 if x holds a NaN or inf) for quantize.Granularity's groups."""
+    magnitude = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF  # as integers, NaN > inf > every number
+    top = tl.max(magnitude, 1)
+    bad = (tl.max(top, 0) >= 0x7F800000).to(tl.int32)
+    top = tl.reshape(top.to(tl.float32, bitcast=True), [BLOCK // GROUP, GROUP // 8, SUB, 8 // SUB])
     top = tl.max(tl.max(top, 3), 1)  # [BLOCK // GROUP, SUB]
     inverse = tl.where(top > TINY, tl.math.div_rn(127.0, top), 0.0)
     scale = tl.where(top > TINY, tl.math.div_rn(top, 127.0), 0.0)
     spread = tl.broadcast_to(inverse[:, None, :, None], [BLOCK // GROUP, GROUP // 8, SUB, 8 // SUB])
     codes = (x * tl.reshape(spread, [BLOCK])[:, None] + MAGIC) - MAGIC
-    return codes.to(tl.int8), tl.reshape(scale, [BLOCK // GROUP * SUB])
+    return codes.to(tl.int8), tl.reshape(scale, [BLOCK // GROUP * SUB]), bad
 
 
 @triton.jit
@@ -101,29 +97,29 @@ def stats_kernel(
     batch = 0 if VARLEN else b
     k += batch * stride_kb + h * stride_kh + start * stride_kn
     v += batch * stride_vb + h * stride_vh + start * stride_vn
-    k_sum = tl.zeros([D], tl.float32)
-    v_sum = tl.zeros([D], tl.float32)
-    low = tl.full([D], float("inf"), tl.float32)
-    high = tl.full([D], float("-inf"), tl.float32)
-    flag = tl.zeros((), tl.int32)
+    k_sum = tl.zeros([ROWS, D], tl.float32)
+    v_sum = tl.zeros([ROWS, D], tl.float32)
+    low = tl.full([ROWS, D], float("inf"), tl.float32)
+    high = tl.full([ROWS, D], float("-inf"), tl.float32)
     first = tl.program_id(0) * chunk
     for at in range(first, min(first + chunk, n), ROWS):
         tokens = at + tl.arange(0, ROWS)
-        keys = load_tokens(k, tokens, stride_kn, n, 0, D, HEAD_DIM).to(tl.float32)
         values = load_tokens(v, tokens, stride_vn, n, 0, D, HEAD_DIM).to(tl.float32)
-        flag |= not_finite(keys) | not_finite(values)
-        k_sum += tl.sum(keys, 0)
-        v_sum += tl.sum(values, 0)
+        k_sum += load_tokens(k, tokens, stride_kn, n, 0, D, HEAD_DIM).to(tl.float32)
+        v_sum += values
         inside = tokens[:, None] < n
-        low = tl.minimum(low, tl.min(tl.where(inside, values, float("inf")), 0))
-        high = tl.maximum(high, tl.max(tl.where(inside, values, float("-inf")), 0))
+        low = tl.minimum(low, tl.where(inside, values, float("inf")))
+        high = tl.maximum(high, tl.where(inside, values, float("-inf")))
+    k_total = tl.sum(k_sum, 0)
+    v_total = tl.sum(v_sum, 0)
     channel = tl.arange(0, D)
     partial += (tl.program_id(0) * tl.num_programs(1) + row) * 4 * D + channel
-    tl.store(partial, k_sum)
-    tl.store(partial + D, v_sum)
-    tl.store(partial + 2 * D, low)
-    tl.store(partial + 3 * D, high)
-    tl.store(bad + row, 1, mask=flag != 0)
+    tl.store(partial, k_total)
+    tl.store(partial + D, v_total)
+    tl.store(partial + 2 * D, tl.min(low, 0))
+    tl.store(partial + 3 * D, tl.max(high, 0))
+    finite = (tl.abs(k_total) < float("inf")) & (tl.abs(v_total) < float("inf"))  # a NaN or inf reaches its sum
+    tl.store(bad + row, 1, mask=tl.min(finite.to(tl.int32), 0) == 0)
 
 
 @triton.jit(do_not_specialize=["kv_heads", "nk", "chunks"])
@@ -177,21 +173,20 @@ def quantize_q_kernel(
     """q * factor (sm_scale * log2 e) to int8; with SHIFT also lse_shift = q . k_mean * sm_scale."""
     row = tl.program_id(1).to(tl.int64)
     b, h = row // heads, row % heads
-    block = tl.program_id(0)
-    start, n = span(cu_q, b, nq, VARLEN)
-    if block * BLOCK >= n:
-        return
-    q += (0 if VARLEN else b) * stride_qb + h * stride_qh + start * stride_qn
-    tokens = block * BLOCK + tl.arange(0, BLOCK)
     kv_row = b * (heads // group) + h // group
-    x, flag = load_rotated(q, tokens, stride_qn, n, HEAD_DIM, D, ROTATE)
-    tl.store(bad + kv_row, 1, mask=flag != 0)
-    code, scale = int8_groups(x * factor, GROUP, SUB)
-    store_int8(code, scale, codes, scales, block, padded, row, D, BLOCK // GROUP * SUB)
-    if SHIFT:
-        plain = load_tokens(q, tokens, stride_qn, n, 0, D, HEAD_DIM).to(tl.float32)
-        mean = tl.load(k_mean + kv_row * D + tl.arange(0, D))
-        tl.store(lse_shift + row * padded + tokens, tl.sum(plain * mean[None, :], 1) * sm_scale)
+    start, n = span(cu_q, b, nq, VARLEN)
+    q += (0 if VARLEN else b) * stride_qb + h * stride_qh + start * stride_qn
+    turn = rotation(0, D, D, q.dtype.element_ty) if ROTATE and D <= 128 else 0
+    for block in range(tl.program_id(0), tl.cdiv(n, BLOCK), tl.num_programs(0)):
+        tokens = block * BLOCK + tl.arange(0, BLOCK)
+        x = load_rotated(q, tokens, stride_qn, n, turn, HEAD_DIM, D, ROTATE)
+        code, scale, flag = int8_groups(x * factor, GROUP, SUB)
+        tl.store(bad + kv_row, 1, mask=flag != 0)
+        store_int8(code, scale, codes, scales, block, padded, row, D, BLOCK // GROUP * SUB)
+        if SHIFT:
+            plain = load_tokens(q, tokens, stride_qn, n, 0, D, HEAD_DIM).to(tl.float32)
+            mean = tl.load(k_mean + kv_row * D + tl.arange(0, D))
+            tl.store(lse_shift + row * padded + tokens, tl.sum(plain * mean[None, :], 1) * sm_scale)
 
 
 @triton.jit(do_not_specialize=["kv_heads", "nk"])
@@ -205,37 +200,34 @@ def quantize_kv_kernel(
     """k - mean to int8; (v - mean) / scale to fp16 [tokens, D] or int8 [D, tokens], and its sums per BLOCK of tokens."""
     row = tl.program_id(1).to(tl.int64)
     b, h = row // kv_heads, row % kv_heads
-    block = tl.program_id(0)
     start, n = span(cu_k, b, nk, VARLEN)
-    if block * BLOCK >= n:
-        return
     batch = 0 if VARLEN else b
     k += batch * stride_kb + h * stride_kh + start * stride_kn
     v += batch * stride_vb + h * stride_vh + start * stride_vn
-    tokens = block * BLOCK + tl.arange(0, BLOCK)
     channel = tl.arange(0, D)
-    inside = (tokens < n)[:, None]
+    turn = rotation(0, D, D, k.dtype.element_ty) if ROTATE and D <= 128 else 0
+    mean_k = tl.load(k_mean_rotated + row * D + channel)[None, :]
+    mean_v = tl.load(v_mean + row * D + channel)[None, :]
+    scale_v = tl.load(v_scale + row * D + channel)[None, :]
+    inverse_v = tl.where(scale_v > 0, tl.math.div_rn(1.0, scale_v), 0.0)
+    for block in range(tl.program_id(0), tl.cdiv(n, BLOCK), tl.num_programs(0)):
+        tokens = block * BLOCK + tl.arange(0, BLOCK)
+        inside = (tokens < n)[:, None]
+        x = load_rotated(k, tokens, stride_kn, n, turn, HEAD_DIM, D, ROTATE)
+        code, scale, _ = int8_groups(tl.where(inside, x - mean_k, 0.0), GROUP, SUB)
+        store_int8(code, scale, k_codes, k_scales, block, padded, row, D, BLOCK // GROUP * SUB)
 
-    x, _ = load_rotated(k, tokens, stride_kn, n, HEAD_DIM, D, ROTATE)
-    x = tl.where(inside, x - tl.load(k_mean_rotated + row * D + channel)[None, :], 0.0)
-    code, scale = int8_groups(x, GROUP, SUB)
-    store_int8(code, scale, k_codes, k_scales, block, padded, row, D, BLOCK // GROUP * SUB)
-
-    values = load_tokens(v, tokens, stride_vn, n, 0, D, HEAD_DIM).to(tl.float32)
-    scale_v = tl.load(v_scale + row * D + channel)
-    inverse = tl.where(scale_v > 0, tl.math.div_rn(1.0, scale_v), 0.0)
-    values = (values - tl.load(v_mean + row * D + channel)[None, :]) * inverse[None, :]
-    values = tl.where(inside, values, 0.0)
-    if INT8_V:
-        values = tl.minimum(tl.maximum((values + MAGIC) - MAGIC, -127.0), 127.0)
-        offset = (row * D + channel[None, :]) * padded + tokens[:, None]
-        tl.store(v_codes + offset, values.to(tl.int8))
-    else:
-        rounded = values.to(tl.float16)
-        tl.store(v_codes + (row * padded + tokens[:, None]) * D + channel[None, :], rounded)
-        values = rounded.to(tl.float32)
-    if SUM_V:
-        tl.store(v_sums + (row * (padded // BLOCK) + block) * D + channel, tl.sum(values, 0))
+        values = load_tokens(v, tokens, stride_vn, n, 0, D, HEAD_DIM).to(tl.float32)
+        values = tl.where(inside, (values - mean_v) * inverse_v, 0.0)
+        if INT8_V:
+            values = tl.minimum(tl.maximum((values + MAGIC) - MAGIC, -127.0), 127.0)
+            tl.store(v_codes + (row * D + channel[None, :]) * padded + tokens[:, None], values.to(tl.int8))
+        else:
+            rounded = values.to(tl.float16)
+            tl.store(v_codes + (row * padded + tokens[:, None]) * D + channel[None, :], rounded)
+            values = rounded.to(tl.float32)
+        if SUM_V:
+            tl.store(v_sums + (row * (padded // BLOCK) + block) * D + channel, tl.sum(values, 0))
 
 
 @triton.jit(do_not_specialize=["kv_heads", "nk", "blocks"])
