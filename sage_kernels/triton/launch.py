@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -25,17 +26,34 @@ class Tiles:
     block_m: int
     block_n: int
     warps: int
-    stages: int
+    stages: int  # tiles of keys on their way at once; fewer where the GPU's shared memory is smaller
 
 
 TILES = {
     (64, False): Tiles(128, 64, 8, 3),
     (128, False): Tiles(128, 64, 4, 3),
-    (256, False): Tiles(64, 64, 4, 2),
-    (64, True): Tiles(128, INT8_KEY_TILE, 8, 2),
-    (128, True): Tiles(128, INT8_KEY_TILE, 8, 2),
-    (256, True): Tiles(64, INT8_KEY_TILE, 8, 1),
+    (256, False): Tiles(128, 64, 8, 3),
+    (64, True): Tiles(64, INT8_KEY_TILE, 4, 4),
+    (128, True): Tiles(64, INT8_KEY_TILE, 4, 3),
+    (256, True): Tiles(64, INT8_KEY_TILE, 4, 1),
 }
+
+
+def tiles_for(dim: int, int8_v: bool, mask_bytes: int, shared_memory: int) -> Tiles:
+    """The tiles of a head_dim with as many stages as fit into `shared_memory` bytes a program.
+
+    mask_bytes: of one element of a mask that differs from query to query; else 0.
+    """
+    tiles = TILES[dim, int8_v]
+    stage = tiles.block_n * (dim * (2 if int8_v else 3) + tiles.block_m * mask_bytes)  # K int8, V int8 or fp16
+    free = shared_memory - tiles.block_m * dim - 4096  # what Triton keeps Q, barriers and reductions in
+    # A tile of the mask and its addresses take the registers of twice the warps.
+    return replace(tiles, stages=max(1, min(tiles.stages, free // stage)), warps=8 if mask_bytes else tiles.warps)
+
+
+@lru_cache(maxsize=32)
+def _shared_memory(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else 1 << 20
 
 
 @dataclass(frozen=True)
@@ -199,11 +217,11 @@ def _quantise(call: Call, q: Tensor, k: Tensor, v: Tensor) -> Quantised:
         v=new((kv_rows, k_padded, dim), torch.int8 if call.int8_v else torch.float16),
         v_scale=new((kv_rows, dim), torch.float32),
         v_sums=new((kv_rows, k_blocks, dim) if sums else (1,), torch.float32),
-        put_back=new((kv_rows, dim), torch.float32),
+        put_back=new((kv_rows, dim) if config.smooth_v else (1,), torch.float32),
         lse_shift=new((rows, q_padded) if call.shifts_lse else (1,), torch.float32),
         bad=torch.zeros(kv_rows, dtype=torch.int32, device=q.device),
     )
-    k_mean, k_mean_rotated = new((kv_rows, dim), torch.float32), new((kv_rows, dim), torch.float32)
+    k_mean, k_mean_rotated, v_mean = (new((kv_rows, dim), torch.float32) for _ in range(3))
     if not config.rotate:
         k_mean_rotated = k_mean
 
@@ -228,7 +246,7 @@ def _quantise(call: Call, q: Tensor, k: Tensor, v: Tensor) -> Quantised:
         **common,
     )
     quantize.finish_stats_kernel[(kv_rows,)](
-        partial, call.cu_k, k_mean, k_mean_rotated, out.put_back, out.v_scale, call.kv_heads, call.nk, chunks,
+        partial, call.cu_k, k_mean, k_mean_rotated, v_mean, out.v_scale, call.kv_heads, call.nk, chunks,
         v_range(config.pv_accum, call.nk), D=dim, VARLEN=common["VARLEN"], ROTATE=config.rotate,
         SMOOTH_K=config.smooth_k, SMOOTH_V=config.smooth_v, POWER_OF_TWO=not call.int8_v,
     )  # fmt: skip
@@ -238,13 +256,13 @@ def _quantise(call: Call, q: Tensor, k: Tensor, v: Tensor) -> Quantised:
         SHIFT=call.shifts_lse, num_warps=8, num_stages=1, **common,
     )  # fmt: skip
     quantize.quantize_kv_kernel[(_programs(k_blocks, kv_rows), kv_rows)](
-        k, v, call.cu_k, k_mean_rotated, out.put_back, out.v_scale, out.k, out.k_scale, out.v, out.v_sums, *k_strides,
+        k, v, call.cu_k, k_mean_rotated, v_mean, out.v_scale, out.k, out.k_scale, out.v, out.v_sums, *k_strides,
         *v_strides, call.kv_heads, call.nk, k_padded, GROUP=gran.k_block, SUB=gran.k_sub, ROTATE=config.rotate,
         INT8_V=call.int8_v, SUM_V=sums, num_warps=8, num_stages=1, **common,
     )  # fmt: skip
     if config.smooth_v:
         quantize.put_back_kernel[(kv_rows,)](
-            out.v_sums, out.put_back, out.v_scale, call.cu_k, call.kv_heads, call.nk, k_blocks, D=dim,
+            out.v_sums, v_mean, out.v_scale, out.put_back, call.cu_k, call.kv_heads, call.nk, k_blocks, D=dim,
             VARLEN=common["VARLEN"],
         )  # fmt: skip
     return out
@@ -262,7 +280,9 @@ def _guard(call: Call, q: Tensor, k: Tensor, v: Tensor, bad: Tensor, mask: Mask,
 
 
 def _attend(call: Call, x: Quantised, mask: Mask, out: Tensor, lse: Tensor) -> None:
-    tiles, gran = TILES[call.dim, call.int8_v], call.granularity
+    mask_bytes = mask.tensor.element_size() if mask.rows else 0
+    tiles = tiles_for(call.dim, call.int8_v, mask_bytes, _shared_memory(out.device))
+    gran = call.granularity
     blocks = -(-call.nq // tiles.block_m)
     attention_kernels.attention_kernel[(blocks * call.batch * call.heads,)](
         x.q, x.q_scale, x.k, x.k_scale, x.v, x.v_scale, x.v_sums, x.put_back, x.lse_shift, x.bad, mask.tensor, call.cu_q,

@@ -53,7 +53,7 @@ def load_rotated(base, tokens, stride_n, n, turn, HEAD_DIM: tl.constexpr, D: tl.
     else:
         STEP: tl.constexpr = 64
         x = tl.zeros([BLOCK, D], tl.float32)
-        for first in tl.static_range(0, D, STEP):
+        for first in range(0, D, STEP):  # not unrolled, so that one slice is in shared memory at a time
             part = load_tokens(base, tokens, stride_n, n, first, STEP, HEAD_DIM)
             x = tl.dot(part, rotation(first, STEP, D, part.dtype), x, input_precision="ieee")
     return x * (D**-0.5)
@@ -154,6 +154,7 @@ def finish_stats_kernel(
     tl.store(k_mean + row * D + channel, k_mean_value)
     tl.store(v_mean + row * D + channel, v_mean_value)
     if ROTATE:
+        tl.debug_barrier()  # k_mean is read back below by other threads than wrote it
         turned = tl.zeros([D], tl.float32)
         STEP: tl.constexpr = 64
         for first in tl.static_range(0, D, STEP):
@@ -231,8 +232,10 @@ def quantize_kv_kernel(
 
 
 @triton.jit(do_not_specialize=["kv_heads", "nk", "blocks"])
-def put_back_kernel(v_sums, v_mean, v_scale, cu_k, kv_heads, nk, blocks, D: tl.constexpr, VARLEN: tl.constexpr):
-    """v_mean becomes what the output gets back: the mean of V minus the mean that its codes still have."""
+def put_back_kernel(
+    v_sums, v_mean, v_scale, put_back, cu_k, kv_heads, nk, blocks, D: tl.constexpr, VARLEN: tl.constexpr
+):
+    """put_back [b * kv_heads, D]: the mean of V minus the mean that its codes still have."""
     row = tl.program_id(0).to(tl.int64)
     _, n = span(cu_k, row // kv_heads, nk, VARLEN)
     channel = tl.arange(0, D)
@@ -240,4 +243,4 @@ def put_back_kernel(v_sums, v_mean, v_scale, cu_k, kv_heads, nk, blocks, D: tl.c
     for block in range(0, tl.cdiv(n, BLOCK)):
         total += tl.load(v_sums + (row * blocks + block) * D + channel)
     at = row * D + channel
-    tl.store(v_mean + at, tl.load(v_mean + at) - total / n * tl.load(v_scale + at))
+    tl.store(put_back + at, tl.load(v_mean + at) - total / n * tl.load(v_scale + at))

@@ -1,0 +1,1 @@
+"""The ComfyUI nodes: one node a file, and what they share."""
