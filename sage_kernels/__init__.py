@@ -13,7 +13,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from . import ops
-from .config import PV_MODES, QK_GRANULARITIES, AttentionConfig, check_inputs
+from .config import AUTO, PV_MODES, QK_GRANULARITIES, AttentionConfig, check_inputs
 from .dispatch import Choice, availability, chosen
 from .varlen import sageattn_varlen
 
@@ -33,8 +33,6 @@ __all__ = [
     "sageattn_qk_int8_pv_fp16_triton",
     "sageattn_varlen",
 ]
-
-AUTO = AttentionConfig()
 
 
 def attention(
@@ -61,7 +59,7 @@ def attention(
     head is computed without quantisation, so that NaN stands only where exact attention has it.
     Raises TypeError or ValueError for bad arguments, RuntimeError where no backend of this machine can run the config.
     """
-    problem = check_inputs(q, k, v, tensor_layout=tensor_layout, sm_scale=sm_scale, attn_mask=attn_mask)
+    problem = check_inputs(q, k, v, tensor_layout=tensor_layout, sm_scale=sm_scale, attn_mask=attn_mask, config=config)
     scale = problem.head_dim**-0.5 if sm_scale is None else float(sm_scale)
     out, lse = ops.attention(q, k, v, attn_mask, tensor_layout, is_causal, scale, return_lse, config.encode())
     return (out, lse) if return_lse else out
@@ -78,7 +76,7 @@ def attention_consuming(
     config: AttentionConfig = AUTO,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`attention` on a list [q, k, v] that it empties: tensors nobody else holds are freed once they are quantised."""
-    problem = check_inputs(*qkv, tensor_layout=tensor_layout, sm_scale=sm_scale, attn_mask=attn_mask)
+    problem = check_inputs(*qkv, tensor_layout=tensor_layout, sm_scale=sm_scale, attn_mask=attn_mask, config=config)
     scale = problem.head_dim**-0.5 if sm_scale is None else float(sm_scale)
     out, lse = ops.run(qkv, attn_mask, tensor_layout, is_causal, scale, return_lse, config)
     return (out, lse) if return_lse else out
@@ -98,7 +96,7 @@ def explain(
 ) -> Choice:
     """Which backend and mode `attention` with these arguments would get, and why not the others. Runs nothing."""
     try:
-        check_inputs(q, k, v, tensor_layout=tensor_layout, sm_scale=sm_scale, attn_mask=attn_mask)
+        check_inputs(q, k, v, tensor_layout=tensor_layout, sm_scale=sm_scale, attn_mask=attn_mask, config=config)
     except (TypeError, ValueError) as error:
         return Choice(str(error))
     return chosen(config.encode(), str(q.device))

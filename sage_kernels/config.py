@@ -76,6 +76,9 @@ class AttentionConfig:
         return AttentionConfig(*(literal.get(part, part) for part in text.split("|")))  # type: ignore[arg-type]
 
 
+AUTO = AttentionConfig()
+
+
 @dataclass(frozen=True)
 class Problem:
     """The shape of one checked call, whatever its layout: q [b, heads, nq, d], k and v [b, kv_heads, nk, d]."""
@@ -96,8 +99,11 @@ def check_inputs(
     tensor_layout: str = "HND",
     sm_scale: float | None = None,
     attn_mask: torch.Tensor | None = None,
+    config: AttentionConfig = AUTO,
 ) -> Problem:
     """Raise TypeError or ValueError, naming the argument, for anything the kernels are not defined on."""
+    if not isinstance(config, AttentionConfig):
+        raise TypeError(f"config is a {type(config).__name__}; it must be an AttentionConfig")
     _one_of("tensor_layout", tensor_layout, LAYOUTS)
     for name, x in (("q", q), ("k", k), ("v", v)):
         _check_tensor(name, x, q)

@@ -5,6 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import inputs
+from benchmarks.findings import FINDINGS
 from sage_kernels import reference
 from sage_kernels.config import PV_MODES, AttentionConfig
 from sage_kernels.quantize import GRANULARITIES, PV, group_index, rotate, rotation_signs
@@ -195,18 +196,17 @@ def test_memory_is_linear_in_tokens(mode, monkeypatch):
     assert largest[1] <= 4.1 * largest[0] and largest[1] < 2048 * 2048
 
 
-# What an emulation in float says (N = 16384): gauss, peaky, outlier. Relative L2 after removing the reference's mean.
-TABLE = {
-    "fp8 PV, smooth_k": ((0.049, 0.049, 0.058), config("fp8/fp32+fp32", smooth_v=False, rotate=False), {}),
-    "fp16 PV, rotate": ((0.016, 0.022, 0.016), config("fp16/fp32"), {}),
-    "int8 PV at the running maximum": (
-        (0.043, 0.039, 0.024), config("int8/int32"), {"p_top": "running", "residual_mean": False}),
-    "tiles of 128": ((0.026, 0.025, 0.019), config("int8/int32"), {"residual_mean": False}),
-    "tiles of 512": ((0.028, 0.026, 0.019), config("int8/int32"), {"residual_mean": False, "key_tile": 512}),
-    "without smooth_v": ((0.022, 0.080, 0.035), config("int8/int32", smooth_v=False), {}),
-    "tiles of 128, residual mean": ((0.020, 0.025, 0.019), config("int8/int32"), {}),
-    "tiles of 512, residual mean": ((0.023, 0.026, 0.019), config("int8/int32"), {"key_tile": 512}),
-}  # fmt: skip
+# What each of FINDINGS should come to on gauss, peaky and outlier.
+EXPECTED = {
+    "fp8 PV, K smoothing alone (SageAttention2)": (0.049, 0.049, 0.058),
+    "fp16 PV, rotation, scales per warp": (0.016, 0.022, 0.016),
+    "int8 PV at the running maximum": (0.043, 0.039, 0.024),
+    "int8 PV at a tile's maximum, 128 keys": (0.026, 0.025, 0.019),
+    "the same, 512 keys": (0.028, 0.026, 0.019),
+    "128 keys, without V smoothing": (0.022, 0.080, 0.035),
+    "128 keys, the residual mean put back": (0.020, 0.025, 0.019),
+    "512 keys, the residual mean put back": (0.023, 0.026, 0.019),
+}
 
 
 @pytest.fixture(scope="module")
@@ -230,15 +230,17 @@ def errors(distributions, cfg, **knobs):
 
 def test_accuracy_table(distributions):
     """The findings of docs/accuracy.md: each number within 30 % (they depend on the draw), and what they are there to say."""
-    found = {name: errors(distributions, cfg, **knobs) for name, (_, cfg, knobs) in TABLE.items()}
-    for name, (wanted, _, _) in TABLE.items():
+    found = {name: errors(distributions, cfg, **knobs) for name, (cfg, knobs) in FINDINGS.items()}
+    for name, wanted in EXPECTED.items():
         for kind, got, want in zip(distributions, found[name], wanted):
             assert got == pytest.approx(want, rel=0.3), (name, kind)
-    best, gauss, peaky = found["tiles of 128, residual mean"], 0, 1
+    gauss, peaky, outlier = range(3)
+    best = found["128 keys, the residual mean put back"]
     assert found["int8 PV at the running maximum"][gauss] > 1.6 * best[gauss]
-    assert found["without smooth_v"][peaky] > 2 * best[peaky]
-    assert found["tiles of 128"][gauss] > 1.2 * best[gauss]
-    assert all(b < f for b, f in zip(best, found["fp8 PV, smooth_k"]))
+    assert found["128 keys, without V smoothing"][peaky] > 2 * best[peaky]
+    assert found["int8 PV at a tile's maximum, 128 keys"][gauss] > 1.2 * best[gauss]
+    assert found["fp16 PV without rotation"][outlier] > 2 * found["fp16 PV, rotation, scales per warp"][outlier]
+    assert all(b < f for b, f in zip(best, found["fp8 PV, K smoothing alone (SageAttention2)"]))
 
 
 def test_mode_errors_are_as_stated(distributions):

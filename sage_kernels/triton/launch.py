@@ -16,6 +16,7 @@ from . import attention as attention_kernels
 from . import exact, quantize
 
 BLOCK = quantize.BLOCK.value
+SMALLEST_SHARED_MEMORY = 101376  # of the GPUs we name: compute capability 8.6, 8.9 and 12.0
 PROGRAMS = 2048  # programs that fill a GPU: more than this many only repeat each program's set-up
 
 
@@ -53,7 +54,10 @@ def tiles_for(dim: int, int8_v: bool, mask_bytes: int, shared_memory: int) -> Ti
 
 @lru_cache(maxsize=32)
 def _shared_memory(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else 1 << 20
+    """Bytes a program may have; in the interpreter there is no limit, and an older torch does not tell."""
+    if device.type != "cuda":
+        return 1 << 20
+    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", SMALLEST_SHARED_MEMORY)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,150 @@
+"""What is measured: our backends and modes, and the peers installed beside them, each as one callable on HND tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+import sage_kernels
+from sage_kernels import AttentionConfig
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One line of the tables.
+
+    prepare turns q, k, v [b, h, n, d] into what the peer is used to, outside the timing (its own layout; a copy where it
+    writes its inputs); run takes that and causal and returns the result; finish makes it HND again, outside the timing.
+    timed: False for emulations, which only have an accuracy.
+    details: more keys of its rows.
+    """
+
+    backend: str
+    mode: str
+    run: Callable
+    causal: bool = True  # whether it can
+    prepare: Callable = lambda q, k, v: (q, k, v)
+    finish: Callable = lambda out: out
+    timed: bool = True
+    details: dict = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return title({"backend": self.backend, "mode": self.mode, **self.details})
+
+
+def title(row: dict) -> str:
+    """What a row of a result file, or a provider, is called in the tables."""
+    intents = f"({', '.join(row['intents'])})" if row.get("intents") else ""
+    return " ".join(part for part in (row["backend"], row["mode"], row.get("qk_quant_gran"), intents) if part)
+
+
+def ours(config: AttentionConfig, timed: bool = True) -> Provider | None:
+    """A provider for `config`, or None with a printed reason if this machine cannot run it as asked."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    sample = torch.zeros(1, 1, 64, 64, dtype=torch.bfloat16, device=device)
+    choice = sage_kernels.explain(sample, sample, sample, config=config)
+    if choice.refusal:
+        print(f"left out: {config.backend} {config.pv_accum}: {choice.refusal}")
+        return None
+    got = choice.config
+    parts = [name for name in ("smooth_k", "smooth_v", "rotate") if getattr(got, name)]
+    details = {"qk_quant_gran": got.qk_quant_gran, "with": "+".join(parts)}
+
+    def run(q, k, v, causal):
+        return sage_kernels.attention(q, k, v, is_causal=causal, config=config)
+
+    return Provider(choice.backend, choice.mode, run, timed=timed, details=details)
+
+
+def all_ours(modes: list[str], timed: bool) -> list[Provider]:
+    """timed: what people can choose on this machine. Otherwise every mode, as the emulation has it."""
+    if not timed:
+        found = [
+            ours(AttentionConfig(backend="reference", pv_accum=mode), timed=False) for mode in sage_kernels.PV_MODES
+        ]
+    else:
+        backend = "auto" if torch.cuda.is_available() else "reference"
+        found = [ours(AttentionConfig(backend=backend, pv_accum="int8/int32"))]
+        by_config: dict[tuple, list[str]] = {}  # intents that come to the same kernel are measured once
+        for intent in ("auto", "fast", "balanced", "accurate"):
+            provider = ours(AttentionConfig(intent=intent, backend=backend))
+            if provider:
+                same = by_config.setdefault((provider.backend, provider.mode, provider.details["qk_quant_gran"]), [])
+                same.append(intent)
+                provider.details["intents"] = same
+                found += [provider] if len(same) == 1 else []
+    return [p for p in found if p and (not modes or any(mode in p.name for mode in modes))]
+
+
+def peers() -> list[Provider]:
+    """Other attention implementations that can be imported and run here; a line is printed for each that cannot."""
+    found = []
+    for make in (_torch, _flash_attention_3, _comfy_kitchen, _sageattention):
+        try:
+            found += make()
+        except Exception as error:  # whatever somebody else's package raises is the reason it is left out
+            print(f"left out: {make.__name__[1:]}: {type(error).__name__}: {error}")
+    return found
+
+
+def _torch() -> list[Provider]:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+    def on(backend):
+        def run(q, k, v, causal):
+            with sdpa_kernel(backend):
+                return sdpa(q, k, v, is_causal=causal)
+
+        return run
+
+    if not torch.cuda.is_available():
+        return [Provider("torch", "sdpa", on(SDPBackend.MATH))]
+    return [
+        Provider("torch", "cudnn bf16", on(SDPBackend.CUDNN_ATTENTION)),
+        Provider("torch", "flash bf16", on(SDPBackend.FLASH_ATTENTION)),
+    ]
+
+
+def _flash_attention_3() -> list[Provider]:
+    from fa3_fwd_interface import flash_attn_func
+
+    if torch.cuda.get_device_capability() != (9, 0):
+        raise RuntimeError("FlashAttention-3 needs a Hopper GPU")
+
+    def run(q, k, v, causal):
+        out = flash_attn_func(q, k, v, causal=causal)
+        return out[0] if isinstance(out, tuple) else out
+
+    return [Provider("flash-attention-3", "bf16", run, prepare=_to_nhd, finish=lambda out: out.transpose(1, 2))]
+
+
+def _comfy_kitchen() -> list[Provider]:
+    import comfy_kitchen
+
+    if not comfy_kitchen.int8_attention_is_available():
+        raise RuntimeError("int8_attention_is_available() says no")
+    return [
+        Provider("comfy-kitchen", "int8", lambda q, k, v, causal: comfy_kitchen.int8_attention(q, k, v), causal=False)
+    ]
+
+
+def _sageattention() -> list[Provider]:
+    from sageattention import sageattn
+
+    if not torch.cuda.is_available():
+        raise RuntimeError("it needs an NVIDIA GPU")
+    # It subtracts K's mean in place, so it works on a copy.
+    return [
+        Provider(
+            "thu-ml sageattention 1.0.6", "triton", lambda q, k, v, causal: sageattn(q, k, v, is_causal=causal),
+            prepare=lambda q, k, v: (q, k.clone(), v),
+        )
+    ]  # fmt: skip
+
+
+def _to_nhd(*tensors):
+    return tuple(x.transpose(1, 2).contiguous() for x in tensors)

@@ -1,0 +1,141 @@
+"""Writes the newest result file's tables between the markers of README.md and docs/numbers.md.
+
+python benchmarks/tables.py            # after `make bench`
+python benchmarks/tables.py --check    # exit code 1 if a table is not what the newest result file gives
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+DOCUMENTS = ("README.md", "docs/numbers.md")
+OURS = ("cuda", "triton", "reference")
+DISTRIBUTIONS = ("gauss", "peaky", "outlier")
+
+
+def newest(folder: Path) -> Path | None:
+    """The result file with the latest date in it."""
+    files = [path for path in folder.glob("*.json") if "rows" in json.loads(path.read_text(encoding="utf-8"))]
+    return max(files, key=lambda path: json.loads(path.read_text(encoding="utf-8"))["date"], default=None)
+
+
+def label(row: dict) -> str:
+    """A column's or line's heading."""
+    mode = " ".join(part for part in (row["mode"], row.get("qk_quant_gran")) if part)
+    if row["backend"] not in OURS:
+        return f"{row['backend']} {mode}"
+    backend = "emulation" if row["backend"] == "reference" else f"**{row['backend']}**"
+    intents = f" ({', '.join(row['intents'])})" if row.get("intents") else ""
+    return f"{backend} {mode}{intents}"
+
+
+def markdown(header: list[str], lines: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *lines])
+
+
+def speed(rows: list[dict]) -> str:
+    """TFLOPS of a whole call and, for ours, the ratio to torch's cuDNN attention in the same run; a line a shape."""
+    timed = [row for row in rows if row["name"] != "accuracy"]
+    names = list(dict.fromkeys(label(row) for row in timed))
+    lines = []
+    for key in dict.fromkeys((row["name"], tuple(row["shape"]), row["causal"]) for row in timed):
+        name, shape, causal = key
+        here = {label(row): row for row in timed if (row["name"], tuple(row["shape"]), row["causal"]) == key}
+        cudnn = next((row["ms"] for row in here.values() if "cudnn" in row["mode"]), None)
+        cells = []
+        for column in names:
+            row = here.get(column)
+            if row is None or row["ms"] is None:
+                cells.append("none" if row is None else "fails")
+            elif row["backend"] in OURS and cudnn:
+                cells.append(f"{row['tflops']:.0f} ({cudnn / row['ms']:.2f}×)")
+            else:
+                cells.append(f"{row['tflops']:.0f}")
+        b, h, nq, nk, d = shape
+        size = f"{b},{h},{nq},{d}" if nq == nk else f"{b},{h},{nq}×{nk},{d}"
+        lines.append([f"{name}: {size}" + (" causal" if causal and "causal" not in name else ""), *cells])
+    return markdown(["B,H,N,D", *names], lines)
+
+
+def accuracy(rows: list[dict]) -> str:
+    """Relative L2 on the three distributions; a line an implementation."""
+    errors: dict[str, dict[str, float | None]] = {}
+    for row in rows:
+        if row["name"] == "accuracy":
+            errors.setdefault(label(row), {})[row["inputs"]] = row["rel_l2"]
+    cell = {
+        name: [f"{by[kind]:.3f}" if by.get(kind) is not None else "fails" for kind in DISTRIBUTIONS]
+        for name, by in errors.items()
+    }
+    return markdown(["", *DISTRIBUTIONS], [[name, *cells] for name, cells in cell.items()])
+
+
+def render(result: dict, source: str) -> str:
+    """Everything between the markers."""
+    where = f"{result['machine']}, driver {result['driver']}, torch {result['torch']}, commit {result['commit']}"
+    parts = []
+    if any(row["name"] != "accuracy" for row in result["rows"]):
+        parts.append(
+            f"TFLOPS of a whole call, bf16, quantisation included ({where}). In brackets: the ratio to torch's cuDNN attention."
+        )
+        parts.append(speed(result["rows"]))
+    if any(row["name"] == "accuracy" for row in result["rows"]):
+        shape = next(row["shape"] for row in result["rows"] if row["name"] == "accuracy")
+        parts.append(
+            f"Relative L2 against float64 after removing the mean over queries, {shape[2]} tokens, head_dim {shape[4]}:"
+        )
+        parts.append(accuracy(result["rows"]))
+    parts.append(f"From {source}; `make bench` measures again.")
+    return "\n\n".join(parts)
+
+
+def replaced(text: str, table: str, name: str) -> str:
+    """`text` with `table` between its markers. Raises ValueError if it has no such pair."""
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"{name} must hold {BEGIN} and then {END}, once each")
+    head, rest = text.split(BEGIN)
+    return f"{head}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}"
+
+
+def update(root: Path, check: bool) -> list[str]:
+    """Write the documents of `root`, or with check only compare; the names of those that were or would be changed."""
+    source = newest(root / "benchmarks" / "results")
+    if source is None:
+        raise ValueError(
+            f"{root / 'benchmarks' / 'results'} holds no result file: run make bench on a machine with a GPU"
+        )
+    table = render(json.loads(source.read_text(encoding="utf-8")), source.relative_to(root).as_posix())
+    changed = []
+    for name in DOCUMENTS:
+        path = root / name
+        if not path.exists():
+            continue
+        text = path.read_text(encoding="utf-8")
+        new = replaced(text, table, name)
+        if new != text:
+            changed.append(name)
+            if not check:
+                path.write_text(new, encoding="utf-8")
+    return changed
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if something would change")
+    args = parser.parse_args()
+    try:
+        changed = update(ROOT, args.check)
+    except ValueError as error:
+        print(error)
+        return 1
+    print(("stale: " if args.check else "written: ") + ", ".join(changed) if changed else "up to date")
+    return 1 if args.check and changed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

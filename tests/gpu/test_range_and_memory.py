@@ -1,0 +1,50 @@
+"""What the pairs of test_triton_gpu.py do not reach: values of any size, rows off any alignment, and peak memory."""
+
+import pytest
+import torch
+from checks import close, exact, qkv, relative_l2, tolerance
+
+import sage_kernels
+from sage_kernels import AttentionConfig
+
+MODES = ("fp16/fp32", "int8/int32")
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype,size", [(torch.bfloat16, 1e30), (torch.float32, 1e-30), (torch.float16, 6e4)], ids=str)
+def test_values_that_fp16_cannot_hold(mode, dtype, size):
+    q, k, v = qkv(nq=200, nk=300, d=128, dtype=dtype, device="cuda")
+    v = (v.float().clamp(-3, 3) / 3 * size).to(dtype)
+    out = sage_kernels.attention(q, k, v, config=AttentionConfig(backend="triton", pv_accum=mode))
+    assert relative_l2(out, exact(q, k, v)[0]) < tolerance(mode)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_rows_that_are_not_aligned(mode):
+    wide = torch.randn(2, 3, 333, 131, device="cuda", dtype=torch.bfloat16)
+    x = [wide[..., 1:129], wide[..., 2:130], wide[..., 3:131]]
+    out = sage_kernels.attention(*x, config=AttentionConfig(backend="triton", pv_accum=mode))
+    close(out, exact(*x)[0], tolerance(mode))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_many_runs_give_the_same_bits(mode, poisoned):
+    """A race or a read of memory that nothing wrote shows as a difference sooner or later."""
+    x = qkv(2, 8, 4097, 4100, 128, None, torch.bfloat16, "cuda")
+    config = AttentionConfig(backend="triton", pv_accum=mode)
+    first = sage_kernels.attention(*x, config=config)
+    for _ in range(30):
+        poisoned()
+        assert torch.equal(sage_kernels.attention(*x, config=config), first)
+
+
+def test_peak_memory():
+    """On top of q, k, v: codes of q and k (1 byte each an element), V's (2), the output (2), and next to nothing else."""
+    tensors = qkv(1, 8, 32768, None, 128, None, torch.bfloat16, "cuda")
+    sage_kernels.attention(*tensors)
+    elements = tensors[0].numel()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    sage_kernels.attention_consuming(tensors)
+    assert torch.cuda.max_memory_allocated() - before < 6.2 * elements

@@ -1,0 +1,84 @@
+"""The tables of the documents come from a result file, and the committed ones from the newest."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import tables  # noqa: E402
+
+
+def row(backend, mode, ms, **more):
+    fixed = {"shape": [1, 2, 1000, 500, 64], "causal": False, "dtype": "bfloat16", "tflops": None, "rel_l2": 0.01,
+             "inputs": "gauss", "name": "Wan cross"}  # fmt: skip
+    return {**fixed, "backend": backend, "mode": mode, "ms": ms, "tflops": ms and 600 / ms, **more}
+
+
+def result(date="2026-01-02T00:00:00+00:00", ms=2.0):
+    rows = [row("torch", "cudnn bf16", 3.0), row("triton", "fp16/fp32", ms, qk_quant_gran="per_warp", intents=["auto"])]
+    rows += [row("peer", "int8", None, error="it fails")]
+    rows += [row("reference", "fp8/fp32", None, name="accuracy", inputs=kind) for kind in ("gauss", "peaky")]
+    return {"machine": "GPU", "driver": "1", "torch": "2", "commit": "abc", "date": date, "rows": rows}
+
+
+@pytest.fixture
+def tree(tmp_path):
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    (tmp_path / "README.md").write_text(f"before\n{tables.BEGIN}\nold\n{tables.END}\nafter\n", encoding="utf-8")
+    return tmp_path
+
+
+def put(tree, name, content):
+    (tree / "benchmarks" / "results" / name).write_text(json.dumps(content), encoding="utf-8")
+
+
+def test_tables_are_written_and_then_up_to_date(tree):
+    put(tree, "a.json", result())
+    assert tables.update(tree, check=True) == ["README.md"]
+    assert "old" in (tree / "README.md").read_text(encoding="utf-8"), "--check writes nothing"
+    assert tables.update(tree, check=False) == ["README.md"]
+    text = (tree / "README.md").read_text(encoding="utf-8")
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    assert "| Wan cross: 1,2,1000×500,64 | 200 | 300 (1.50×) | fails |" in text
+    assert "**triton** fp16/fp32 per_warp (auto)" in text
+    assert "| emulation fp8/fp32 | 0.010 | 0.010 | fails |" in text
+    assert "benchmarks/results/a.json" in text and "commit abc" in text
+    assert tables.update(tree, check=True) == []
+
+
+def test_the_newest_date_counts_not_the_name(tree):
+    put(tree, "z.json", result())
+    put(tree, "a.json", result("2026-01-03T00:00:00+00:00", ms=1.5))
+    tables.update(tree, check=False)
+    assert "400 (2.00×)" in (tree / "README.md").read_text(encoding="utf-8")
+
+
+def test_no_markers_and_no_results_are_errors(tree):
+    with pytest.raises(ValueError, match="no result file"):
+        tables.update(tree, check=True)
+    put(tree, "a.json", result())
+    (tree / "README.md").write_text("no markers", encoding="utf-8")
+    with pytest.raises(ValueError, match="README.md must hold"):
+        tables.update(tree, check=True)
+
+
+def test_committed_tables_are_fresh():
+    if tables.newest(ROOT / "benchmarks" / "results") is None:
+        pytest.skip("no result file is committed yet")
+    assert tables.update(ROOT, check=True) == [], "run python benchmarks/tables.py"
+
+
+def test_committed_results_have_the_agreed_keys():
+    for path in (ROOT / "benchmarks" / "results").glob("*.json"):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if "rows" not in content:  # a test run's result
+            assert {"machine", "driver", "torch", "commit", "passed", "failed", "cases"} <= set(content), path
+            continue
+        assert {"machine", "driver", "torch", "commit", "rows"} <= set(content), path
+        for line in content["rows"]:
+            assert {"shape", "causal", "dtype", "backend", "mode", "ms", "tflops", "rel_l2"} <= set(line), path
+            assert len(line["shape"]) == 5
