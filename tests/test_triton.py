@@ -169,6 +169,6 @@ def test_kernels_compile_and_fit_every_gpu(arch, shared_memory, tmp_path):
     found = subprocess.run(command, env=env, capture_output=True, text=True, timeout=500)
     assert found.returncode == 0, found.stderr[-2000:]
     rows = json.loads(found.stdout.splitlines()[-1])
-    assert {row["kernel"] for row in rows} >= {"attention_kernel", "exact_kernel", "quantize_q_kernel"}
+    assert {row["kernel"] for row in rows} >= {"attention_kernel", "exact_kernel", "quantize_qk_kernel"}
     for row in rows:
         assert row["shared"] <= shared_memory, row

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -94,24 +95,37 @@ class Call:
         return PV[self.config.pv_accum].p_dtype == "u8"
 
     @property
-    def shifts_lse(self) -> bool:
-        return self.return_lse and bool(self.config.smooth_k)
+    def varlen(self) -> bool:
+        return self.cu_q is not None
 
 
-@dataclass
-class Quantised:
-    """What the attention kernel eats. Padded to whole BLOCKs of tokens and to `dim` channels."""
+@dataclass(frozen=True)
+class Statistics:
+    """What is known of K and V before they are quantised, each [b * kv_heads, dim] float32."""
 
-    q: Tensor  # int8 [b, heads, q_padded, dim]
-    q_scale: Tensor  # [b, heads, groups]
-    k: Tensor  # int8 [b, kv_heads, k_padded, dim]
-    k_scale: Tensor
-    v: Tensor  # fp16 [b, kv_heads, k_padded, dim] or int8 [b, kv_heads, dim, k_padded]
-    v_scale: Tensor  # [b, kv_heads, dim]
-    v_sums: Tensor  # [b, kv_heads, k_padded // BLOCK, dim], where needed
-    put_back: Tensor  # [b, kv_heads, dim]
-    lse_shift: Tensor  # [b, heads, q_padded], where needed
-    bad: Tensor  # int32 [b, kv_heads]
+    k_mean: Tensor
+    k_mean_rotated: Tensor
+    v_mean: Tensor
+    v_scale: Tensor
+    bad: Tensor  # int32 [b * kv_heads]: 1 where q, k or v holds a NaN or inf
+
+
+@dataclass(frozen=True)
+class Codes:
+    """Q or K as the attention kernel eats it, padded to whole BLOCKs of tokens and to `dim` channels."""
+
+    values: Tensor  # int8 [b * heads, padded, dim]
+    scale: Tensor  # float32 [b * heads, groups]
+    lse_shift: Tensor  # float32 [b * heads, padded], for q where it is needed
+
+
+@dataclass(frozen=True)
+class Values:
+    """V likewise."""
+
+    values: Tensor  # fp16 [b * kv_heads, padded, dim] or int8 [b * kv_heads, dim, padded]
+    sums: Tensor  # float32 [b * kv_heads, padded // BLOCK, dim], where needed
+    put_back: Tensor  # float32 [b * kv_heads, dim], where needed
 
 
 def attention(
@@ -123,20 +137,19 @@ def attention(
     return_lse: bool,
     config: AttentionConfig,
 ) -> tuple[Tensor, Tensor]:
-    """One padded call; see sage_kernels.attention. `qkv` is emptied once its tensors are quantised."""
-    q, k, v = (_readable(x if tensor_layout == "HND" else x.transpose(1, 2)) for x in qkv)
-    b, heads, nq, d = q.shape
-    call = Call(b, heads, k.shape[1], nq, k.shape[2], d, is_causal, sm_scale, return_lse, config)
-    out = torch.empty(qkv[0].shape, dtype=qkv[0].dtype, device=q.device)
-    out_hnd = out if tensor_layout == "HND" else out.transpose(1, 2)
-    lse = torch.empty((b, heads, nq) if return_lse else (0,), dtype=torch.float32, device=q.device)
-    with _device(q):
-        quantised = _quantise(call, q, k, v)
-        mask = Mask.of(attn_mask, call, out)
-        _guard(call, q, k, v, quantised.bad, mask, out_hnd, lse)
-        del q, k, v
-        qkv.clear()
-        _attend(call, quantised, mask, out_hnd, lse)
+    """One padded call; see sage_kernels.attention. `qkv` is emptied one by one as its tensors are quantised."""
+    like = qkv[0]
+    b, heads, nq, d = like.shape if tensor_layout == "HND" else like.transpose(1, 2).shape
+    kv_heads, nk = qkv[1].shape[1:3] if tensor_layout == "HND" else qkv[1].shape[2:0:-1]
+    call = Call(b, heads, kv_heads, nq, nk, d, is_causal, sm_scale, return_lse, config)
+    out = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+    del like
+    lse = torch.empty((b, heads, nq) if return_lse else (0,), dtype=torch.float32, device=out.device)
+
+    def hnd(x: Tensor) -> Tensor:
+        return _readable(x if tensor_layout == "HND" else x.transpose(1, 2))
+
+    _run(call, qkv, hnd, out if tensor_layout == "HND" else out.transpose(1, 2), lse, attn_mask)
     return out, lse
 
 
@@ -159,15 +172,30 @@ def attention_varlen(
         cu_seqlens_q, cu_seqlens_k,
     )  # fmt: skip
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    q, k, v = (_readable(x.transpose(0, 1).unsqueeze(0)) for x in (q, k, v))  # [1, heads, total, d]
-    packed = out.transpose(0, 1).unsqueeze(0)
     lse = torch.empty(0, dtype=torch.float32, device=q.device)
-    with _device(q):
-        quantised = _quantise(call, q, k, v)
-        mask = Mask.of(None, call, out)
-        _guard(call, q, k, v, quantised.bad, mask, packed, lse)
-        _attend(call, quantised, mask, packed, lse)
+
+    def hnd(x: Tensor) -> Tensor:
+        return _readable(x.transpose(0, 1).unsqueeze(0))  # [1, heads, total, d]
+
+    _run(call, [q, k, v], hnd, out.transpose(0, 1).unsqueeze(0), lse, None)
     return out
+
+
+def _run(
+    call: Call, qkv: list[Tensor], hnd: Callable[[Tensor], Tensor], out: Tensor, lse: Tensor, attn_mask: Tensor | None
+) -> None:
+    """The order keeps memory low: the guard comes as early as it can, and each input goes once it is quantised."""
+    with torch.cuda.device(out.device) if out.is_cuda else contextlib.nullcontext():
+        mask = Mask.of(attn_mask, call, out)
+        known = _statistics(call, hnd(qkv[1]), hnd(qkv[2]))
+        q = _quantise_qk(call, hnd(qkv[0]), known, is_k=False)
+        _guard(call, hnd(qkv[0]), hnd(qkv[1]), hnd(qkv[2]), known.bad, mask, out, lse)
+        del qkv[0]
+        k = _quantise_qk(call, hnd(qkv[0]), known, is_k=True)
+        del qkv[0]
+        v = _quantise_v(call, hnd(qkv[0]), known)
+        del qkv[0]
+        _attend(call, q, k, v, known, mask, out, lse)
 
 
 @dataclass(frozen=True)
@@ -189,10 +217,6 @@ class Mask:
         return Mask(full.view(torch.uint8) if kind == "bool" else full, kind, strides, strides[2] != 0)
 
 
-def _device(x: Tensor) -> contextlib.AbstractContextManager:
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
-
-
 def _readable(x: Tensor) -> Tensor:
     """Triton's interpreter cannot multiply bfloat16; on a GPU this returns x itself."""
     return x.float() if interpreting() and x.dtype == torch.bfloat16 else x
@@ -203,73 +227,78 @@ def _programs(blocks: int, rows: int) -> int:
     return min(blocks, -(-PROGRAMS // rows))
 
 
-def _quantise(call: Call, q: Tensor, k: Tensor, v: Tensor) -> Quantised:
-    config, gran, dim = call.config, call.granularity, call.dim
-    rows, kv_rows = call.batch * call.heads, call.batch * call.kv_heads
-    q_blocks, k_blocks = -(-call.nq // BLOCK), -(-call.nk // BLOCK)
-    q_padded, k_padded = q_blocks * BLOCK, k_blocks * BLOCK
-    sums = call.int8_v or bool(config.smooth_v)
-
-    def new(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=q.device)
-
-    out = Quantised(
-        q=new((rows, q_padded, dim), torch.int8),
-        q_scale=new((rows, gran.q_groups(q_padded)), torch.float32),
-        k=new((kv_rows, k_padded, dim), torch.int8),
-        k_scale=new((kv_rows, gran.k_groups(k_padded)), torch.float32),
-        v=new((kv_rows, k_padded, dim), torch.int8 if call.int8_v else torch.float16),
-        v_scale=new((kv_rows, dim), torch.float32),
-        v_sums=new((kv_rows, k_blocks, dim) if sums else (1,), torch.float32),
-        put_back=new((kv_rows, dim) if config.smooth_v else (1,), torch.float32),
-        lse_shift=new((rows, q_padded) if call.shifts_lse else (1,), torch.float32),
-        bad=torch.zeros(kv_rows, dtype=torch.int32, device=q.device),
+def _statistics(call: Call, k: Tensor, v: Tensor) -> Statistics:
+    config, kv_rows, dim = call.config, call.batch * call.kv_heads, call.dim
+    k_mean, k_mean_rotated, v_mean, v_scale = (_new(k, (kv_rows, dim), torch.float32) for _ in range(4))
+    known = Statistics(
+        k_mean=k_mean,
+        k_mean_rotated=k_mean_rotated if config.rotate else k_mean,
+        v_mean=v_mean,
+        v_scale=v_scale,
+        bad=torch.zeros(kv_rows, dtype=torch.int32, device=k.device),
     )
-    k_mean, k_mean_rotated, v_mean = (new((kv_rows, dim), torch.float32) for _ in range(3))
-    if not config.rotate:
-        k_mean_rotated = k_mean
-
-    common = {"HEAD_DIM": call.head_dim, "D": dim, "VARLEN": call.cu_q is not None}
-    k_strides, v_strides = k.stride()[:3], v.stride()[:3]
-    chunks = max(1, min(k_blocks, PROGRAMS // kv_rows))
-    chunk = -(-k_blocks // chunks) * BLOCK
+    blocks = -(-call.nk // BLOCK)
+    chunk = -(-blocks // _programs(blocks, kv_rows)) * BLOCK
     chunks = -(-call.nk // chunk)
-    partial = new((chunks, kv_rows, 4, dim), torch.float32)
+    partial = _new(k, (chunks, kv_rows, 4, dim), torch.float32)
     quantize.stats_kernel[(chunks, kv_rows)](
-        k,
-        v,
-        call.cu_k,
-        partial,
-        out.bad,
-        *k_strides,
-        *v_strides,
-        call.kv_heads,
-        call.nk,
-        chunk,
-        ROWS=4096 // dim,
-        **common,
-    )
+        k, v, call.cu_k, partial, known.bad, *k.stride()[:3], *v.stride()[:3], call.kv_heads, call.nk, chunk,
+        HEAD_DIM=call.head_dim, D=dim, ROWS=4096 // dim, VARLEN=call.varlen,
+    )  # fmt: skip
     quantize.finish_stats_kernel[(kv_rows,)](
-        partial, call.cu_k, k_mean, k_mean_rotated, v_mean, out.v_scale, call.kv_heads, call.nk, chunks,
-        v_range(config.pv_accum, call.nk), D=dim, VARLEN=common["VARLEN"], ROTATE=config.rotate,
+        partial, call.cu_k, k_mean, k_mean_rotated, v_mean, v_scale, call.kv_heads, call.nk, chunks,
+        v_range(config.pv_accum, call.nk), D=dim, VARLEN=call.varlen, ROTATE=config.rotate,
         SMOOTH_K=config.smooth_k, SMOOTH_V=config.smooth_v, POWER_OF_TWO=not call.int8_v,
     )  # fmt: skip
-    quantize.quantize_q_kernel[(_programs(q_blocks, rows), rows)](
-        q, call.cu_q, k_mean, out.q, out.q_scale, out.lse_shift, out.bad, *q.stride()[:3], call.heads, call.group, call.nq,
-        q_padded, call.sm_scale, call.sm_scale * LOG2E, GROUP=gran.q_block, SUB=gran.q_sub, ROTATE=config.rotate,
-        SHIFT=call.shifts_lse, num_warps=8, num_stages=1, **common,
+    return known
+
+
+def _quantise_qk(call: Call, x: Tensor, known: Statistics, is_k: bool) -> Codes:
+    gran = call.granularity
+    heads, group, tokens, cu = (
+        (call.kv_heads, 1, call.nk, call.cu_k) if is_k else (call.heads, call.group, call.nq, call.cu_q)
+    )
+    size, sub = (gran.k_block, gran.k_sub) if is_k else (gran.q_block, gran.q_sub)
+    rows, blocks = call.batch * heads, -(-tokens // BLOCK)
+    shifts = call.return_lse and bool(call.config.smooth_k) and not is_k
+    codes = Codes(
+        values=_new(x, (rows, blocks * BLOCK, call.dim), torch.int8),
+        scale=_new(x, (rows, blocks * BLOCK // size * sub), torch.float32),
+        lse_shift=_new(x, (rows, blocks * BLOCK) if shifts else (1,), torch.float32),
+    )
+    quantize.quantize_qk_kernel[(_programs(blocks, rows), rows)](
+        x, cu, known.k_mean, known.k_mean_rotated, codes.values, codes.scale, codes.lse_shift, known.bad, *x.stride()[:3],
+        heads, group, tokens, blocks * BLOCK, call.sm_scale, call.sm_scale * LOG2E, HEAD_DIM=call.head_dim, D=call.dim,
+        GROUP=size, SUB=sub, ROTATE=call.config.rotate, IS_K=is_k, SHIFT=shifts, VARLEN=call.varlen,
+        num_warps=8, num_stages=1,
     )  # fmt: skip
-    quantize.quantize_kv_kernel[(_programs(k_blocks, kv_rows), kv_rows)](
-        k, v, call.cu_k, k_mean_rotated, v_mean, out.v_scale, out.k, out.k_scale, out.v, out.v_sums, *k_strides,
-        *v_strides, call.kv_heads, call.nk, k_padded, GROUP=gran.k_block, SUB=gran.k_sub, ROTATE=config.rotate,
-        INT8_V=call.int8_v, SUM_V=sums, num_warps=8, num_stages=1, **common,
+    return codes
+
+
+def _quantise_v(call: Call, v: Tensor, known: Statistics) -> Values:
+    rows, blocks, dim = call.batch * call.kv_heads, -(-call.nk // BLOCK), call.dim
+    smooth = bool(call.config.smooth_v)
+    sums = call.int8_v or smooth
+    codes = Values(
+        values=_new(v, (rows, blocks * BLOCK, dim), torch.int8 if call.int8_v else torch.float16),
+        sums=_new(v, (rows, blocks, dim) if sums else (1,), torch.float32),
+        put_back=_new(v, (rows, dim) if smooth else (1,), torch.float32),
+    )
+    quantize.quantize_v_kernel[(_programs(blocks, rows), rows)](
+        v, call.cu_k, known.v_mean, known.v_scale, codes.values, codes.sums, *v.stride()[:3], call.kv_heads, call.nk,
+        blocks * BLOCK, HEAD_DIM=call.head_dim, D=dim, INT8_V=call.int8_v, SUM_V=sums, VARLEN=call.varlen,
+        num_warps=8, num_stages=1,
     )  # fmt: skip
-    if config.smooth_v:
-        quantize.put_back_kernel[(kv_rows,)](
-            out.v_sums, v_mean, out.v_scale, out.put_back, call.cu_k, call.kv_heads, call.nk, k_blocks, D=dim,
-            VARLEN=common["VARLEN"],
+    if smooth:
+        quantize.put_back_kernel[(rows,)](
+            codes.sums, known.v_mean, known.v_scale, codes.put_back, call.cu_k, call.kv_heads, call.nk, blocks, D=dim,
+            VARLEN=call.varlen,
         )  # fmt: skip
-    return out
+    return codes
+
+
+def _new(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=like.device)
 
 
 def _guard(call: Call, q: Tensor, k: Tensor, v: Tensor, bad: Tensor, mask: Mask, out: Tensor, lse: Tensor) -> None:
@@ -279,21 +308,21 @@ def _guard(call: Call, q: Tensor, k: Tensor, v: Tensor, bad: Tensor, mask: Mask,
         q, k, v, bad, mask.tensor, call.cu_q, call.cu_k, out, lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         *mask.strides, *out.stride()[:3], call.heads, call.group, call.nq, call.nk, call.sm_scale,
         HEAD_DIM=call.head_dim, D=call.dim, BLOCK=32, CAUSAL=call.is_causal, MASK=mask.kind, MASK_ROWS=mask.rows,
-        LSE=call.return_lse, VARLEN=call.cu_q is not None,
+        LSE=call.return_lse, VARLEN=call.varlen,
     )  # fmt: skip
 
 
-def _attend(call: Call, x: Quantised, mask: Mask, out: Tensor, lse: Tensor) -> None:
+def _attend(call: Call, q: Codes, k: Codes, v: Values, known: Statistics, mask: Mask, out: Tensor, lse: Tensor) -> None:
     mask_bytes = mask.tensor.element_size() if mask.rows else 0
     tiles = tiles_for(call.dim, call.int8_v, mask_bytes, _shared_memory(out.device))
     gran = call.granularity
     blocks = -(-call.nq // tiles.block_m)
     attention_kernels.attention_kernel[(blocks * call.batch * call.heads,)](
-        x.q, x.q_scale, x.k, x.k_scale, x.v, x.v_scale, x.v_sums, x.put_back, x.lse_shift, x.bad, mask.tensor, call.cu_q,
-        call.cu_k, out, lse, *mask.strides, *out.stride()[:3], call.heads, call.group, call.nq, call.nk,
-        x.q.shape[1], -(-call.nk // BLOCK) * BLOCK, blocks,
+        q.values, q.scale, k.values, k.scale, v.values, known.v_scale, v.sums, v.put_back, q.lse_shift, known.bad,
+        mask.tensor, call.cu_q, call.cu_k, out, lse, *mask.strides, *out.stride()[:3], call.heads, call.group, call.nq,
+        call.nk, q.values.shape[1], k.values.shape[1], blocks,
         HEAD_DIM=call.head_dim, D=call.dim, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, GROUP_Q=gran.q_block,
         SUB_Q=gran.q_sub, SUB_K=gran.k_sub, INT8_V=call.int8_v, SMOOTH_V=call.config.smooth_v, CAUSAL=call.is_causal,
-        MASK=mask.kind, MASK_ROWS=mask.rows, LSE=call.return_lse, SHIFT=call.shifts_lse, VARLEN=call.cu_q is not None,
-        num_warps=tiles.warps, num_stages=tiles.stages,
+        MASK=mask.kind, MASK_ROWS=mask.rows, LSE=call.return_lse, SHIFT=call.return_lse and call.config.smooth_k,
+        VARLEN=call.varlen, num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip

@@ -163,69 +163,69 @@ def finish_stats_kernel(
         tl.store(k_mean_rotated + row * D + channel, turned * (D**-0.5))
 
 
-@triton.jit(do_not_specialize=["heads", "group", "nq"])
-def quantize_q_kernel(
-    q, cu_q, k_mean, codes, scales, lse_shift, bad,
-    stride_qb, stride_qh, stride_qn,
-    heads, group, nq, padded, sm_scale, factor,
+@triton.jit(do_not_specialize=["heads", "group", "n_tokens"])
+def quantize_qk_kernel(
+    x, cu, k_mean, k_mean_rotated, codes, scales, lse_shift, bad,
+    stride_b, stride_h, stride_n,
+    heads, group, n_tokens, padded, sm_scale, factor,
     HEAD_DIM: tl.constexpr, D: tl.constexpr, GROUP: tl.constexpr, SUB: tl.constexpr,
-    ROTATE: tl.constexpr, SHIFT: tl.constexpr, VARLEN: tl.constexpr,
+    ROTATE: tl.constexpr, IS_K: tl.constexpr, SHIFT: tl.constexpr, VARLEN: tl.constexpr,
 ):  # fmt: skip
-    """q * factor (sm_scale * log2 e) to int8; with SHIFT also lse_shift = q . k_mean * sm_scale."""
+    """q * factor (sm_scale * log2 e), or k - mean, to int8. SHIFT: for q, also lse_shift = q . k_mean * sm_scale.
+
+    heads counts those of x, and group how many of them share a kv head. Programs (i, row) take blocks i, i + programs, ...
+    """
     row = tl.program_id(1).to(tl.int64)
     b, h = row // heads, row % heads
     kv_row = b * (heads // group) + h // group
-    start, n = span(cu_q, b, nq, VARLEN)
-    q += (0 if VARLEN else b) * stride_qb + h * stride_qh + start * stride_qn
-    turn = rotation(0, D, D, q.dtype.element_ty) if ROTATE and D <= 128 else 0
+    start, n = span(cu, b, n_tokens, VARLEN)
+    x += (0 if VARLEN else b) * stride_b + h * stride_h + start * stride_n
+    channel = tl.arange(0, D)
+    turn = rotation(0, D, D, x.dtype.element_ty) if ROTATE and D <= 128 else 0
     for block in range(tl.program_id(0), tl.cdiv(n, BLOCK), tl.num_programs(0)):
         tokens = block * BLOCK + tl.arange(0, BLOCK)
-        x = load_rotated(q, tokens, stride_qn, n, turn, HEAD_DIM, D, ROTATE)
-        code, scale, flag = int8_groups(x * factor, GROUP, SUB)
-        tl.store(bad + kv_row, 1, mask=flag != 0)
+        value = load_rotated(x, tokens, stride_n, n, turn, HEAD_DIM, D, ROTATE)
+        if IS_K:
+            mean = tl.load(k_mean_rotated + kv_row * D + channel)
+            value = tl.where((tokens < n)[:, None], value - mean[None, :], 0.0)
+        else:
+            value *= factor
+        code, scale, flag = int8_groups(value, GROUP, SUB)
+        if not IS_K:  # K was looked at by stats_kernel, and the guard has run when K is quantised
+            tl.store(bad + kv_row, 1, mask=flag != 0)
         store_int8(code, scale, codes, scales, block, padded, row, D, BLOCK // GROUP * SUB)
         if SHIFT:
-            plain = load_tokens(q, tokens, stride_qn, n, 0, D, HEAD_DIM).to(tl.float32)
-            mean = tl.load(k_mean + kv_row * D + tl.arange(0, D))
+            plain = load_tokens(x, tokens, stride_n, n, 0, D, HEAD_DIM).to(tl.float32)
+            mean = tl.load(k_mean + kv_row * D + channel)
             tl.store(lse_shift + row * padded + tokens, tl.sum(plain * mean[None, :], 1) * sm_scale)
 
 
 @triton.jit(do_not_specialize=["kv_heads", "nk"])
-def quantize_kv_kernel(
-    k, v, cu_k, k_mean_rotated, v_mean, v_scale, k_codes, k_scales, v_codes, v_sums,
-    stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+def quantize_v_kernel(
+    v, cu_k, v_mean, v_scale, codes, v_sums,
+    stride_b, stride_h, stride_n,
     kv_heads, nk, padded,
-    HEAD_DIM: tl.constexpr, D: tl.constexpr, GROUP: tl.constexpr, SUB: tl.constexpr,
-    ROTATE: tl.constexpr, INT8_V: tl.constexpr, SUM_V: tl.constexpr, VARLEN: tl.constexpr,
+    HEAD_DIM: tl.constexpr, D: tl.constexpr, INT8_V: tl.constexpr, SUM_V: tl.constexpr, VARLEN: tl.constexpr,
 ):  # fmt: skip
-    """k - mean to int8; (v - mean) / scale to fp16 [tokens, D] or int8 [D, tokens], and its sums per BLOCK of tokens."""
+    """(v - mean) / scale to fp16 [tokens, D] or int8 [D, tokens], and its sums per BLOCK of tokens."""
     row = tl.program_id(1).to(tl.int64)
     b, h = row // kv_heads, row % kv_heads
     start, n = span(cu_k, b, nk, VARLEN)
-    batch = 0 if VARLEN else b
-    k += batch * stride_kb + h * stride_kh + start * stride_kn
-    v += batch * stride_vb + h * stride_vh + start * stride_vn
+    v += (0 if VARLEN else b) * stride_b + h * stride_h + start * stride_n
     channel = tl.arange(0, D)
-    turn = rotation(0, D, D, k.dtype.element_ty) if ROTATE and D <= 128 else 0
-    mean_k = tl.load(k_mean_rotated + row * D + channel)[None, :]
-    mean_v = tl.load(v_mean + row * D + channel)[None, :]
-    scale_v = tl.load(v_scale + row * D + channel)[None, :]
-    inverse_v = tl.where(scale_v > 0, tl.math.div_rn(1.0, scale_v), 0.0)
+    mean = tl.load(v_mean + row * D + channel)[None, :]
+    scale = tl.load(v_scale + row * D + channel)[None, :]
+    inverse = tl.where(scale > 0, tl.math.div_rn(1.0, scale), 0.0)
     for block in range(tl.program_id(0), tl.cdiv(n, BLOCK), tl.num_programs(0)):
         tokens = block * BLOCK + tl.arange(0, BLOCK)
-        inside = (tokens < n)[:, None]
-        x = load_rotated(k, tokens, stride_kn, n, turn, HEAD_DIM, D, ROTATE)
-        code, scale, _ = int8_groups(tl.where(inside, x - mean_k, 0.0), GROUP, SUB)
-        store_int8(code, scale, k_codes, k_scales, block, padded, row, D, BLOCK // GROUP * SUB)
-
-        values = load_tokens(v, tokens, stride_vn, n, 0, D, HEAD_DIM).to(tl.float32)
-        values = tl.where(inside, (values - mean_v) * inverse_v, 0.0)
+        values = load_tokens(v, tokens, stride_n, n, 0, D, HEAD_DIM).to(tl.float32)
+        values = tl.where((tokens < n)[:, None], (values - mean) * inverse, 0.0)
         if INT8_V:
             values = tl.minimum(tl.maximum((values + MAGIC) - MAGIC, -127.0), 127.0)
-            tl.store(v_codes + (row * D + channel[None, :]) * padded + tokens[:, None], values.to(tl.int8))
+            tl.store(codes + (row * D + channel[None, :]) * padded + tokens[:, None], values.to(tl.int8))
         else:
             rounded = values.to(tl.float16)
-            tl.store(v_codes + (row * padded + tokens[:, None]) * D + channel[None, :], rounded)
+            tl.store(codes + (row * padded + tokens[:, None]) * D + channel[None, :], rounded)
             values = rounded.to(tl.float32)
         if SUM_V:
             tl.store(v_sums + (row * (padded // BLOCK) + block) * D + channel, tl.sum(values, 0))
