@@ -6,8 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+from findings import FINDINGS
 
 import sage_kernels
+import sage_kernels.reference
 from sage_kernels import AttentionConfig
 
 
@@ -65,6 +67,7 @@ def all_ours(modes: list[str], timed: bool) -> list[Provider]:
         found = [
             ours(AttentionConfig(backend="reference", pv_accum=mode), timed=False) for mode in sage_kernels.PV_MODES
         ]
+        found += [finding(name, *what) for name, what in FINDINGS.items()]
     else:
         backend = "auto" if torch.cuda.is_available() else "reference"
         found = [ours(AttentionConfig(backend=backend, pv_accum="int8/int32"))]
@@ -77,6 +80,15 @@ def all_ours(modes: list[str], timed: bool) -> list[Provider]:
                 provider.details["intents"] = same
                 found += [provider] if len(same) == 1 else []
     return [p for p in found if p and (not modes or any(mode in p.name for mode in modes))]
+
+
+def finding(name: str, config: AttentionConfig, knobs: dict) -> Provider:
+    """One of the emulations that docs/accuracy.md argues with."""
+
+    def run(q, k, v, causal):
+        return sage_kernels.reference.emulate(q, k, v, config=config, is_causal=causal, **knobs)[0]
+
+    return Provider("finding", name, run, timed=False)
 
 
 def peers() -> list[Provider]:

@@ -39,7 +39,7 @@ def test_many_runs_give_the_same_bits(mode, poisoned):
 
 
 def test_peak_memory():
-    """On top of q, k, v: codes of q and k (1 byte each an element), V's (2), the output (2), and next to nothing else."""
+    """On top of q, k, v: the output (2 bytes an element) and q's codes (1); then each input goes before more comes."""
     tensors = qkv(1, 8, 32768, None, 128, None, torch.bfloat16, "cuda")
     sage_kernels.attention(*tensors)
     elements = tensors[0].numel()
@@ -47,4 +47,4 @@ def test_peak_memory():
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     sage_kernels.attention_consuming(tensors)
-    assert torch.cuda.max_memory_allocated() - before < 6.2 * elements
+    assert torch.cuda.max_memory_allocated() - before < 3.2 * elements
