@@ -44,12 +44,12 @@ from sage_kernels.config import AttentionConfig  # noqa: E402
 from sage_kernels.triton import launch  # noqa: E402
 
 launch._shared_memory = lambda device: shared_memory
-CASES = [(128, "fp16/fp32", False, None), (64, "int8/int32", True, None)]
+CASES = [(128, "fp16/fp32", False, None), (64, "int8/int32", True, None), (96, "int8/int32", False, None)]
 CASES += [(256, mode, True, torch.zeros(300, 300)) for mode in ("fp16/fp32", "int8/int32")]  # the largest tiles
 for dim, mode, causal, mask in CASES:
     case = f"{dim} {mode} causal={causal} mask={mask is not None}"
     config = AttentionConfig(
-        pv_accum=mode, qk_quant_gran="per_warp", smooth_k=True, smooth_v=mode != "fp16/fp32", rotate=True
+        pv_accum=mode, qk_quant_gran="per_warp", smooth_k=True, smooth_v=mode != "fp16/fp32", rotate=dim != 96
     )
     tensors = [torch.empty(1, 2, 300, dim, dtype=torch.bfloat16) for _ in range(3)]
     launch.attention(tensors, mask, "HND", causal, 0.1, True, config)

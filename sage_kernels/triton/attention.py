@@ -50,10 +50,11 @@ def attend(
     """Tiles of keys from lo to hi. CHECK: a key of these tiles may be hidden from a query."""
     acc, total, top = state
     channel = tl.arange(0, D)
+    column = tl.arange(0, BLOCK_N)
     for start in tl.range(lo, hi, BLOCK_N):
         start = tl.multiple_of(start, BLOCK_N)
-        n = start + tl.arange(0, BLOCK_N)
-        keys = tl.load(k_codes + n[None, :] * D + channel[:, None])
+        n = start + column
+        keys = tl.load(k_codes + start.to(tl.int64) * D + column[None, :] * D + channel[:, None])
         score = tl.dot(q, keys).to(tl.float32)
         if SUB_K == 1 and BLOCK_N == KEY_GROUP:  # one K scale: rows carry it, so no score is multiplied twice
             scale = q_scale * tl.load(k_scale + start // KEY_GROUP)
@@ -80,7 +81,7 @@ def attend(
             # given back through the tile's sum of V.
             p = tl.exp2(score * scale[:, None] - tile_base[:, None])
             codes = ((p * 255.0 + (MAGIC - 128.0)).to(tl.int32, bitcast=True) & 0xFF).to(tl.int8)
-            values = tl.load(v_codes + channel[:, None] * padded + n[None, :])  # [D, BLOCK_N]
+            values = tl.load(v_codes + start + channel[:, None].to(tl.int64) * padded + column[None, :])  # [D, BLOCK_N]
             offset = tl.load(v_sums + start // BLOCK_N * D + channel) * 128.0
             part = tl.dot(codes, tl.trans(values)).to(tl.float32) + offset[None, :]
             grow = tl.exp2(tile_top - base)
@@ -88,7 +89,7 @@ def attend(
             total = total * shrink + tl.sum(p, 1) * grow
         else:
             p = tl.exp2(score * scale[:, None] - (base - P_MAX_LOG2)[:, None])
-            values = tl.load(v_codes + n[:, None] * D + channel[None, :])
+            values = tl.load(v_codes + start.to(tl.int64) * D + column[:, None] * D + channel[None, :])
             acc = tl.dot(p.to(tl.float16), values, acc * shrink[:, None])
             total = total * shrink + tl.sum(p, 1)
         top = new_top

@@ -9,7 +9,7 @@ import triton.language as tl
 
 BLOCK = tl.constexpr(128)  # tokens a program quantises; also the int8 PV tile, whose sums of V it writes
 MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding and subtracting it rounds to the nearest even integer
-TINY = tl.constexpr(1e-30)
+TINY = tl.constexpr(1e-35)
 HASH = tl.constexpr(0x9E3779B1)
 
 
@@ -47,16 +47,17 @@ def load_tokens(base, tokens, stride_n, n, first, COLS: tl.constexpr, HEAD_DIM: 
 def load_rotated(base, tokens, stride_n, n, turn, HEAD_DIM: tl.constexpr, D: tl.constexpr, ROTATE: tl.constexpr):
     """x [BLOCK, D] float32, rotated if asked. turn: the whole rotation where D is at most 128, else made in slices."""
     if not ROTATE:
-        return load_tokens(base, tokens, stride_n, n, 0, D, HEAD_DIM).to(tl.float32)
-    if D <= 128:
-        x = tl.dot(load_tokens(base, tokens, stride_n, n, 0, D, HEAD_DIM), turn, input_precision="ieee")
+        x = load_tokens(base, tokens, stride_n, n, 0, D, HEAD_DIM).to(tl.float32)
+    elif D <= 128:
+        x = tl.dot(load_tokens(base, tokens, stride_n, n, 0, D, HEAD_DIM), turn, input_precision="ieee") * D**-0.5
     else:
         STEP: tl.constexpr = 64
         x = tl.zeros([BLOCK, D], tl.float32)
         for first in range(0, D, STEP):  # not unrolled, so that one slice is in shared memory at a time
             part = load_tokens(base, tokens, stride_n, n, first, STEP, HEAD_DIM)
             x = tl.dot(part, rotation(first, STEP, D, part.dtype), x, input_precision="ieee")
-    return x * (D**-0.5)
+        x *= D**-0.5
+    return x
 
 
 @triton.jit
