@@ -45,16 +45,18 @@ def apply_mask(
 def attend(
     state, q, q_scale, lo, hi, m, nq, nk, k_codes, k_scale, v_codes, v_sums, mask, stride_mq, stride_mk, padded,
     D: tl.constexpr, BLOCK_N: tl.constexpr, SUB_K: tl.constexpr, INT8_V: tl.constexpr, CHECK: tl.constexpr,
-    CAUSAL: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr,
+    CAUSAL: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Tiles of keys from lo to hi. CHECK: a key of these tiles may be hidden from a query."""
+    """Tiles of keys from lo to hi. CHECK: a key of these tiles may be hidden from a query. WIDE: a head's keys reach past
+    what 32-bit offsets do; the others keep them, for 64-bit ones cost 8 % of the time (docs/triton.md)."""
     acc, total, top = state
     channel = tl.arange(0, D)
-    column = tl.arange(0, BLOCK_N)
+    wide_channel = channel.to(tl.int64) if WIDE else channel
     for start in tl.range(lo, hi, BLOCK_N):
         start = tl.multiple_of(start, BLOCK_N)
-        n = start + column
-        keys = tl.load(k_codes + start.to(tl.int64) * D + column[None, :] * D + channel[:, None])
+        n = start + tl.arange(0, BLOCK_N)
+        at = n.to(tl.int64) if WIDE else n
+        keys = tl.load(k_codes + at[None, :] * D + channel[:, None])
         score = tl.dot(q, keys).to(tl.float32)
         if SUB_K == 1 and BLOCK_N == KEY_GROUP:  # one K scale: rows carry it, so no score is multiplied twice
             scale = q_scale * tl.load(k_scale + start // KEY_GROUP)
@@ -81,7 +83,7 @@ def attend(
             # given back through the tile's sum of V.
             p = tl.exp2(score * scale[:, None] - tile_base[:, None])
             codes = ((p * 255.0 + (MAGIC - 128.0)).to(tl.int32, bitcast=True) & 0xFF).to(tl.int8)
-            values = tl.load(v_codes + start + channel[:, None].to(tl.int64) * padded + column[None, :])  # [D, BLOCK_N]
+            values = tl.load(v_codes + wide_channel[:, None] * padded + at[None, :])  # [D, BLOCK_N]
             offset = tl.load(v_sums + start // BLOCK_N * D + channel) * 128.0
             part = tl.dot(codes, tl.trans(values)).to(tl.float32) + offset[None, :]
             grow = tl.exp2(tile_top - base)
@@ -89,7 +91,7 @@ def attend(
             total = total * shrink + tl.sum(p, 1) * grow
         else:
             p = tl.exp2(score * scale[:, None] - (base - P_MAX_LOG2)[:, None])
-            values = tl.load(v_codes + start.to(tl.int64) * D + column[:, None] * D + channel[None, :])
+            values = tl.load(v_codes + at[:, None] * D + channel[None, :])
             acc = tl.dot(p.to(tl.float16), values, acc * shrink[:, None])
             total = total * shrink + tl.sum(p, 1)
         top = new_top
@@ -104,7 +106,7 @@ def attention_kernel(
     HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     GROUP_Q: tl.constexpr, SUB_Q: tl.constexpr, SUB_K: tl.constexpr, INT8_V: tl.constexpr, SMOOTH_V: tl.constexpr,
     CAUSAL: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr, LSE: tl.constexpr, SHIFT: tl.constexpr,
-    VARLEN: tl.constexpr,
+    VARLEN: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """out [b, nq, d] of one head and, with LSE, its log-sum-exp; heads flagged in `bad` are left alone."""
     pid = tl.program_id(0)
@@ -144,11 +146,11 @@ def attention_kernel(
     )
     state = attend(
         state, q, q_scale, 0, whole, m, q_len, k_len, k_codes, k_scales, v_codes, v_sums, mask, stride_mq, stride_mk,
-        k_padded, D, BLOCK_N, SUB_K, INT8_V, False, CAUSAL, MASK, MASK_ROWS,
+        k_padded, D, BLOCK_N, SUB_K, INT8_V, False, CAUSAL, MASK, MASK_ROWS, WIDE,
     )  # fmt: skip
     state = attend(
         state, q, q_scale, whole, hi, m, q_len, k_len, k_codes, k_scales, v_codes, v_sums, mask, stride_mq, stride_mk,
-        k_padded, D, BLOCK_N, SUB_K, INT8_V, True, CAUSAL, MASK, MASK_ROWS,
+        k_padded, D, BLOCK_N, SUB_K, INT8_V, True, CAUSAL, MASK, MASK_ROWS, WIDE,
     )  # fmt: skip
     acc, total, top = state
 

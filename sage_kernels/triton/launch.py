@@ -324,5 +324,5 @@ def _attend(call: Call, q: Codes, k: Codes, v: Values, known: Statistics, mask: 
         HEAD_DIM=call.head_dim, D=call.dim, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, GROUP_Q=gran.q_block,
         SUB_Q=gran.q_sub, SUB_K=gran.k_sub, INT8_V=call.int8_v, SMOOTH_V=call.config.smooth_v, CAUSAL=call.is_causal,
         MASK=mask.kind, MASK_ROWS=mask.rows, LSE=call.return_lse, SHIFT=call.return_lse and call.config.smooth_k,
-        VARLEN=call.varlen, num_warps=tiles.warps, num_stages=tiles.stages,
+        VARLEN=call.varlen, WIDE=k.values.shape[1] * call.dim >= 2**31, num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
