@@ -1,4 +1,4 @@
-"""Writes the newest result file's tables between the markers of README.md and docs/numbers.md.
+"""Writes the newest result file's tables between the markers of README.md, docs/numbers.md and docs/accuracy.md.
 
 python benchmarks/tables.py            # after `make bench`
 python benchmarks/tables.py --check    # exit code 1 if a table is not what the newest result file gives
@@ -13,7 +13,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
-DOCUMENTS = ("README.md", "docs/numbers.md")
+DOCUMENTS = {  # which rows of a result file a document shows
+    "README.md": lambda row: row["backend"] not in ("reference", "finding") and "flash bf16" not in row["mode"],
+    "docs/numbers.md": lambda row: row["backend"] != "finding",
+    "docs/accuracy.md": lambda row: row["name"] == "accuracy" and row["backend"] in ("reference", "finding"),
+}
 OURS = ("cuda", "triton", "reference")
 DISTRIBUTIONS = ("gauss", "peaky", "outlier")
 
@@ -28,7 +32,7 @@ def label(row: dict) -> str:
     """A column's or line's heading."""
     mode = " ".join(part for part in (row["mode"], row.get("qk_quant_gran")) if part)
     if row["backend"] not in OURS:
-        return f"{row['backend']} {mode}"
+        return mode if row["backend"] == "finding" else f"{row['backend']} {mode}"
     backend = "emulation" if row["backend"] == "reference" else f"**{row['backend']}**"
     intents = f" ({', '.join(row['intents'])})" if row.get("intents") else ""
     return f"{backend} {mode}{intents}"
@@ -87,7 +91,8 @@ def render(result: dict, source: str) -> str:
     if any(row["name"] == "accuracy" for row in result["rows"]):
         shape = next(row["shape"] for row in result["rows"] if row["name"] == "accuracy")
         parts.append(
-            f"Relative L2 against float64 after removing the mean over queries, {shape[2]} tokens, head_dim {shape[4]}:"
+            "Relative L2 against float64 after removing the mean over queries, "
+            f"{shape[2]} tokens, head_dim {shape[4]} ({where}):"
         )
         parts.append(accuracy(result["rows"]))
     parts.append(f"From {source}; `make bench` measures again.")
@@ -109,13 +114,15 @@ def update(root: Path, check: bool) -> list[str]:
         raise ValueError(
             f"{root / 'benchmarks' / 'results'} holds no result file: run make bench on a machine with a GPU"
         )
-    table = render(json.loads(source.read_text(encoding="utf-8")), source.relative_to(root).as_posix())
+    result = json.loads(source.read_text(encoding="utf-8"))
     changed = []
-    for name in DOCUMENTS:
+    for name, shown in DOCUMENTS.items():
         path = root / name
         if not path.exists():
             continue
         text = path.read_text(encoding="utf-8")
+        rows = [row for row in result["rows"] if shown(row)]
+        table = render({**result, "rows": rows}, source.relative_to(root).as_posix())
         new = replaced(text, table, name)
         if new != text:
             changed.append(name)

@@ -48,7 +48,7 @@ def attend(
     CAUSAL: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Tiles of keys from lo to hi. CHECK: a key of these tiles may be hidden from a query. WIDE: a head's keys reach past
-    what 32-bit offsets do; the others keep them, for 64-bit ones cost 8 % of the time (docs/triton.md)."""
+    what 32-bit offsets do; the others keep them, for 64-bit ones cost 10 % of the time (docs/triton.md)."""
     acc, total, top = state
     channel = tl.arange(0, D)
     wide_channel = channel.to(tl.int64) if WIDE else channel
