@@ -5,6 +5,9 @@ A config crosses as AttentionConfig.encode(); dispatch happens inside, so that n
 
 from __future__ import annotations
 
+import logging
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -44,7 +47,7 @@ def run(
     config: AttentionConfig,
 ) -> tuple[Tensor, Tensor]:
     """Serve one call. `qkv` is emptied as early as the backend can, so that a caller who let go of them frees memory."""
-    choice = accept(choose(Request(config, qkv[0].device)))
+    choice = accept(Request(config, qkv[0].device))
     if choice.backend == "triton":
         from .triton import launch
 
@@ -72,7 +75,7 @@ def attention_varlen(
     config: str,
 ) -> Tensor:
     """Packed sequences: q [total_q, heads, d], k and v [total_k, kv_heads, d], int32 cu_seqlens of sequences + 1."""
-    choice = accept(choose(Request(AttentionConfig.decode(config), q.device)))
+    choice = accept(Request(AttentionConfig.decode(config), q.device))
     if choice.backend == "triton":
         from .triton import launch
 
@@ -96,10 +99,20 @@ def _(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, is_causal
     return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
-def accept(choice: Choice) -> Choice:
+def accept(request: Request) -> Choice:
+    """The choice for a request that can be served; RuntimeError with the reasons for one that cannot."""
+    choice = choose(request)
     if choice.refusal is not None:
         raise RuntimeError(choice.refusal)
+    if choice.backend == "reference" and request.config.backend == "auto" and request.device.type != "cpu":
+        _warn_slow(str(choice))
     return choice
+
+
+@lru_cache(maxsize=32)
+def _warn_slow(choice: str) -> None:
+    """Once for each choice: a mode that only the emulation has is asked for on a GPU."""
+    logging.getLogger(__name__).warning("this call runs on the emulation, which is slow: %s", choice)
 
 
 def _empty_lse(q: Tensor, tensor_layout: str, return_lse: bool) -> Tensor:

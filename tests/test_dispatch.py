@@ -7,7 +7,7 @@ import torch
 from checks import qkv
 
 import sage_kernels
-from sage_kernels import PV_MODES, QK_GRANULARITIES, AttentionConfig, dispatch, reference
+from sage_kernels import PV_MODES, QK_GRANULARITIES, AttentionConfig, dispatch, ops, reference
 from sage_kernels.config import INTENTS
 from sage_kernels.dispatch import Request, choose
 from sage_kernels.quantize import PV
@@ -229,3 +229,16 @@ def test_config_crosses_the_op():
     assert len({AttentionConfig(), AttentionConfig(), AttentionConfig(intent="fast")}) == 2, "hashable"
     with pytest.raises(AttributeError):
         AttentionConfig().intent = "fast"
+
+
+def test_the_emulation_off_the_cpu_is_said_once(caplog):
+    """A strict choice that only the emulation has runs, but not in silence; asked for by name, it is no surprise."""
+    device = torch.device("meta")
+    only_emulated = next(mode for mode in PV_MODES if mode.startswith("fp8/"))
+    for _ in range(2):
+        assert ops.accept(Request(AttentionConfig(pv_accum=only_emulated), device)).backend == "reference"
+    said = [record.message for record in caplog.records if "emulation, which is slow" in record.message]
+    assert len(said) == 1 and only_emulated in said[0]
+    caplog.clear()
+    ops.accept(Request(AttentionConfig(pv_accum=only_emulated, backend="reference"), device))
+    assert not caplog.records
