@@ -54,7 +54,8 @@ def _widgets(node: dict, info: dict) -> dict:
             found[name] = values.pop(0)
             if options.get("control_after_generate") or name in ("seed", "noise_seed"):
                 values.pop(0)
-    if values:
+    # After a run the frontend saves the text it shows on a node behind the values, and leaves it out when it loads.
+    if any(not isinstance(value, str) for value in values):
         raise ValueError(f"node {node['id']} ({node['type']}): {values} of widgets_values belong to no input")
     return found
 

@@ -155,7 +155,7 @@ class Server:
             link = self.base / "custom_nodes" / name
             link.unlink(missing_ok=True)
             link.symlink_to(Path(source).resolve(), target_is_directory=True)
-        self.port = self.port or _free_port()
+        self.port = _free_port(self.port)
         env = {**os.environ, **self.env}
         if "TRITON_INTERPRET" not in self.env:
             env.pop("TRITON_INTERPRET", None)  # for kernel tests: a server would run Triton's kernels in Python
@@ -249,9 +249,14 @@ class Server:
         return entry["outputs"]
 
 
-def _free_port() -> int:
+def _free_port(wanted: int) -> int:
+    """`wanted`, or for 0 any free port. RuntimeError where it is taken: whoever has it would answer in our place."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port that was just closed is free
+        try:
+            probe.bind(("127.0.0.1", wanted))
+        except OSError as error:
+            raise RuntimeError(f"port {wanted} cannot be used: {error}") from error
         return probe.getsockname()[1]
 
 

@@ -109,6 +109,8 @@ def test_the_converter_refuses_what_it_cannot_express(workflow):
     graph = {"nodes": [node], "links": []}
     with pytest.raises(ValueError, match="belong to no input"):
         to_prompt(graph, {"Some": {"input": {"required": {"a": ["INT", {}]}}}})
+    shown = {"nodes": [{**node, "widgets_values": [1, "120 calls by ..."]}], "links": []}  # saved after a run
+    assert to_prompt(shown, {"Some": {"input": {"required": {"a": ["INT", {}]}}}})["1"]["inputs"] == {"a": 1}
     with pytest.raises(ValueError, match="ends before c"):
         to_prompt(graph, {"Some": {"input": {"required": {name: ["INT", {}] for name in "abc"}}}})
 
