@@ -72,6 +72,15 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+OLDEST_TRITON = (3, 3)  # 3.2.0 ends the process while it compiles; 3.3.1 to 3.7.1 compile
+
+
+def _triton_version() -> str:
+    import triton
+
+    return triton.__version__
+
+
 @lru_cache(maxsize=32)
 def _triton_blocked(device: torch.device) -> str | None:
     if importlib.util.find_spec("triton") is None:
@@ -79,6 +88,11 @@ def _triton_blocked(device: torch.device) -> str | None:
         return f"the Python package triton is not installed: pip install {package}"
     if device.type == "cpu" and interpreting():
         return None
+    found = _triton_version()
+    if tuple(map(int, found.split(".")[:2])) < OLDEST_TRITON:
+        return (
+            f"Triton {found} is too old, its compiler crashes on these kernels: 3.3 comes with torch 2.7, update torch"
+        )
     if device.type != "cuda":
         return f"Triton kernels need an NVIDIA GPU and the tensors are on {device.type}"
     if torch.version.hip is not None:

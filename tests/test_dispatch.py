@@ -242,3 +242,16 @@ def test_the_emulation_off_the_cpu_is_said_once(caplog):
     caplog.clear()
     ops.accept(Request(AttentionConfig(pv_accum=only_emulated, backend="reference"), device))
     assert not caplog.records
+
+
+def test_a_triton_that_crashes_is_not_used(monkeypatch):
+    """Triton 3.2's compiler ends the process, so its version is looked at before a GPU is."""
+    pytest.importorskip("triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(dispatch, "_triton_version", lambda: "3.2.0")
+    dispatch._triton_blocked.cache_clear()
+    try:
+        reason = dispatch._triton_blocked(GPU)
+    finally:
+        dispatch._triton_blocked.cache_clear()
+    assert "Triton 3.2.0" in reason and "torch 2.7" in reason
