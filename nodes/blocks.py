@@ -98,17 +98,33 @@ def tells_its_blocks(diffusion_model) -> bool:
     )
 
 
-def tag_blocks(patcher, counts: dict[str, int]) -> None:
+class Tags:
     """Make a model that does not tell its blocks tell them, through ComfyUI's block replacement hook.
 
-    Composes with a replacement that is already there. As in newer ComfyUI the tag stays after the block, so that
-    what hangs on a block (VACE) counts as that block.
+    Put into the options of every model call, around whatever replacement another node has put there by then. Each tag is
+    made once, so that torch.compile sees the same function in every step. As in newer ComfyUI the tag stays after the
+    block, so that what hangs on a block (VACE) counts as that block.
     """
-    present = patcher.model_options.get("transformer_options", {}).get("patches_replace", {}).get("dit", {})
-    for kind, count in counts.items():
-        for index in range(count):
-            tag = _tagger(kind, index, count, present.get((f"{kind}_block", index)))
-            patcher.set_model_patch_replace(tag, "dit", f"{kind}_block", index)
+
+    def __init__(self, counts: dict[str, int]):
+        self.counts = counts
+        self.made: dict[tuple, tuple] = {}  # (hook, index) -> (the replacement it wraps, the tag)
+
+    def __deepcopy__(self, memo):
+        return self
+
+    def into(self, options: dict) -> dict:
+        """A copy of transformer_options with every block tagged."""
+        replaces = options.get("patches_replace", {})
+        dit = dict(replaces.get("dit", {}))
+        for kind, count in self.counts.items():
+            for index in range(count):
+                hook = (f"{kind}_block", index)
+                replaced = dit.get(hook)
+                if hook not in self.made or self.made[hook][0] is not replaced:
+                    self.made[hook] = replaced, _tagger(kind, index, count, replaced)
+                dit[hook] = self.made[hook][1]
+        return {**options, "patches_replace": {**replaces, "dit": dit}}
 
 
 def _tagger(kind: str, index: int, count: int, replaced):

@@ -27,18 +27,24 @@ def not_understood(q, k, v, heads, named, kwargs) -> str | None:
         return f"the mask has {mask.dim()} dimensions (2, 3 and 4 are known)"
     if any(t.requires_grad for t in (q, k, v)) and torch.is_grad_enabled():
         return "gradients are wanted, which the kernels do not compute"
-    dims = 4 if skip_reshape else 3
-    if q.dim() != dims or k.dim() != dims or v.dim() != dims:
-        return f"q, k and v do not all have {dims} dimensions"
-    if (q.shape[1] != heads) if skip_reshape else (q.shape[-1] % heads != 0):
+    if any(t.dim() != 4 if skip_reshape else t.dim() not in (3, 4) for t in (q, k, v)):
+        return f"q, k and v do not all have {4 if skip_reshape else '3 or 4'} dimensions"
+    if (q.shape[1] != heads) if skip_reshape else (_width(q) % heads != 0):
         return "q does not hold the number of heads that the model names"
-    head_dim = q.shape[-1] if skip_reshape else q.shape[-1] // heads
-    kv_heads = k.shape[1] if skip_reshape else k.shape[-1] // head_dim
-    if not skip_reshape and k.shape[-1] % head_dim != 0:
-        return "k does not hold whole heads of q's head_dim"
+    head_dim = q.shape[-1] if skip_reshape else _width(q) // heads
+    if head_dim == 0:
+        return "q has head_dim 0"
+    if not skip_reshape and (_width(k) % head_dim != 0 or _width(v) != _width(k)):
+        return "k and v do not hold the same number of whole heads of q's head_dim"
+    kv_heads = k.shape[1] if skip_reshape else _width(k) // head_dim
     if kv_heads != heads and not kwargs.get("enable_gqa"):
         return "k has another number of heads than q without enable_gqa"
     return None
+
+
+def _width(t) -> int:
+    """h * d of [b, n, h * d], or of [b, n, h, d], which some models (SD3) mix with it."""
+    return t.shape[-1] if t.dim() == 3 else t.shape[-2] * t.shape[-1]
 
 
 def mask_4d(mask):
@@ -52,8 +58,8 @@ def views(qkv, heads, skip_reshape, layout) -> list:
     """q, k, v as views in `layout`: HND [b, h, n, d] or NHD [b, n, h, d]. Nothing is copied."""
     if skip_reshape:  # [b, h, n, d]
         return [t if layout == "HND" else t.transpose(1, 2) for t in qkv]
-    head_dim = qkv[0].shape[-1] // heads  # [b, n, h * d]; with GQA k and v hold fewer heads
-    split = [t.unflatten(-1, (t.shape[-1] // head_dim, head_dim)) for t in qkv]
+    head_dim = _width(qkv[0]) // heads  # [b, n, h * d]; with GQA k and v hold fewer heads
+    split = [t if t.dim() == 4 else t.unflatten(-1, (t.shape[-1] // head_dim, head_dim)) for t in qkv]
     return split if layout == "NHD" else [t.transpose(1, 2) for t in split]
 
 

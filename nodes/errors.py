@@ -5,8 +5,17 @@ import logging
 import torch
 
 # CUDA refuses these launches and goes on working; after any other CUDA error the process cannot use the GPU again.
-_HARMLESS = ("no kernel image", "invalid configuration argument", "invalid argument", "too many resources requested")
-_CUDA = ("CUDA error", "illegal memory access", "device-side assert", "unspecified launch failure")
+_HARMLESS = (
+    "no kernel image", "invalid configuration argument", "invalid argument", "too many resources requested",
+    "out of memory", "invalid device function",
+)  # fmt: skip
+_CUDA = (
+    "CUDA error",
+    "Triton Error [CUDA]",
+    "illegal memory access",
+    "device-side assert",
+    "unspecified launch failure",
+)
 
 
 def poisons_context(error: BaseException) -> bool:

@@ -25,6 +25,7 @@ class Settings:
     counts: dict[str, int]
     attention: str  # "self", "cross" or "both"
     min_tokens: int
+    told: bool = True  # the model's own code tells its blocks, so a call without one is outside them
 
 
 def make_override(settings: Settings, patch: Patch, previous=None):
@@ -162,7 +163,7 @@ def _not_asked(settings: Settings, patch: Patch, options, block, q, k, skip_resh
         return f"{kind} attention (attention is set to {settings.attention})"
     if nq < settings.min_tokens or nk < settings.min_tokens:
         return f"fewer than {settings.min_tokens} tokens (min_tokens)"
-    if block is None and settings.counts:
+    if block is None and settings.counts and settings.told:
         return "outside the model's numbered blocks (a text refiner, for example)"
     if settings.selection.everything:
         return None

@@ -65,16 +65,18 @@ class SageAttentionPatch(io.ComfyNode):
         diffusion_model = getattr(diffusion_model, "_orig_mod", diffusion_model)  # of a compiled one
         counts = blocks_module.count_blocks(diffusion_model)
         selection = blocks_module.parse(blocks)
-        if counts and not blocks_module.tells_its_blocks(diffusion_model):
-            blocks_module.tag_blocks(patched, counts)
+        told = blocks_module.tells_its_blocks(diffusion_model)
+        tags = blocks_module.Tags(counts) if counts and not told else None
         total = sum(counts.values())
         notes = ()
         if counts and selection.beyond(total):
             notes = (f'blocks "{blocks}" names blocks beyond this model\'s {total} (0 to {total - 1})',)
-        patch = sampling.Patch(str(cls.hidden.unique_id), start_percent, end_percent, notes)
+        node_id = cls.hidden.unique_id
+        node_id = None if node_id is None else str(node_id)
+        patch = sampling.Patch(node_id, start_percent, end_percent, notes, tags)
         sampling.install(patched, patch)
         options = patched.model_options["transformer_options"]
-        settings = Settings(config, selection, counts, attention, min_tokens)
+        settings = Settings(config, selection, counts, attention, min_tokens, told)
         options[_SLOT] = make_override(settings, patch, options.get(_SLOT))
         return io.NodeOutput(patched)
 

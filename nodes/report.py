@@ -87,7 +87,10 @@ def publish(report: Report) -> None:
     logging.info("Sage Attention: %s", report.line())
     server = _server()
     if report.node_id is not None and hasattr(server, "send_progress_text"):
-        server.send_progress_text(report.line().replace("; ", "\n"), report.node_id)
+        try:
+            server.send_progress_text(report.line().replace("; ", "\n"), report.node_id)
+        except Exception as error:  # a finished sampling is worth more than the text on its node
+            logging.warning("Sage Attention: the report cannot be shown on the node: %s", error)
 
 
 def serve_reports() -> None:

@@ -4,6 +4,7 @@ import itertools
 import math
 from dataclasses import dataclass, field
 
+from .blocks import Tags
 from .errors import raised_by_kernels, serve_or_raise
 from .report import Report, publish
 
@@ -19,6 +20,7 @@ class Patch:
     start_percent: float = 0.0
     end_percent: float = 1.0
     notes: tuple[str, ...] = ()  # what is known about this model before it runs
+    tags: Tags | None = None  # for a model whose own code does not tell its blocks
     # The key under which transformer_options tells the override whether this step is inside the window. One per
     # patch, so that two patches in a row keep their own windows.
     key: str = field(default_factory=lambda: next(_names))
@@ -53,6 +55,8 @@ def install(patcher, patch: Patch) -> None:
         report.model_calls += 1
         report.model_calls_on += on
         report.step = step_index(sigma, options.get("sample_sigmas"))
+        if patch.tags is not None:
+            options = patch.tags.into(options)
         call_args, call_kwargs = _with_options(args, kwargs, {**options, patch.key: on})
         try:
             return executor(*call_args, **call_kwargs)

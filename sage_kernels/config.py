@@ -6,7 +6,6 @@ tensors are looked at before any backend sees them.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Literal
@@ -22,6 +21,7 @@ BACKENDS = ("cuda", "triton", "reference")
 LAYOUTS = ("HND", "NHD")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 256
+LARGEST_SCALE = 1e30
 
 
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
@@ -99,12 +99,17 @@ def check_inputs(
     tensor_layout: str = "HND",
     sm_scale: float | None = None,
     attn_mask: torch.Tensor | None = None,
+    is_causal: bool = False,
+    return_lse: bool = False,
     config: AttentionConfig = AUTO,
 ) -> Problem:
     """Raise TypeError or ValueError, naming the argument, for anything the kernels are not defined on."""
     if not isinstance(config, AttentionConfig):
         raise TypeError(f"config is a {type(config).__name__}; it must be an AttentionConfig")
     _one_of("tensor_layout", tensor_layout, LAYOUTS)
+    for name, flag in (("is_causal", is_causal), ("return_lse", return_lse)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name} is a {type(flag).__name__}; it must be True or False")
     for name, x in (("q", q), ("k", k), ("v", v)):
         _check_tensor(name, x, q)
     batch, heads, nq, head_dim = _hnd_shape(q, tensor_layout)
@@ -137,8 +142,11 @@ def check_inputs(
             raise TypeError(
                 f"sm_scale is a {type(sm_scale).__name__}; it must be a float, or None for head_dim ** -0.5"
             )
-        if not math.isfinite(sm_scale):
-            raise ValueError(f"sm_scale is {sm_scale}; it must be finite, or None for head_dim ** -0.5")
+        if not -LARGEST_SCALE < sm_scale < LARGEST_SCALE:  # NaN fails this, too
+            raise ValueError(
+                f"sm_scale is {sm_scale}; it must be finite and below {LARGEST_SCALE} in magnitude, or None for "
+                "head_dim ** -0.5"
+            )
     if attn_mask is not None:
         _check_mask(attn_mask, q, (batch, heads, nq, nk))
     return Problem(batch, heads, kv_heads, nq, nk, head_dim)

@@ -130,7 +130,7 @@ def sageattn_varlen(
             raise TypeError(f"{name} is a {type(x).__name__}; it must be a torch.Tensor")
         if x.dim() != 3:
             raise ValueError(f"{name} has shape {tuple(x.shape)}; it must be [total_tokens, heads, head_dim]")
-    check_inputs(q[None], k[None], v[None], tensor_layout="NHD", sm_scale=sm_scale)
+    check_inputs(q[None], k[None], v[None], tensor_layout="NHD", sm_scale=sm_scale, is_causal=is_causal)
     for name, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         _check_cu_seqlens(name, cu, q)
     if cu_seqlens_q.shape != cu_seqlens_k.shape:
@@ -138,15 +138,24 @@ def sageattn_varlen(
             f"cu_seqlens_k has {cu_seqlens_k.numel()} entries but cu_seqlens_q has {cu_seqlens_q.numel()}; they must "
             "describe the same number of sequences"
         )
-    for name, length, total in (("max_seqlen_q", max_seqlen_q, q.shape[0]), ("max_seqlen_k", max_seqlen_k, k.shape[0])):
+    for name, length in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
         if isinstance(length, bool) or not isinstance(length, int):
             raise TypeError(f"{name} is a {type(length).__name__}; it must be an int")
-        if not 1 <= length <= total:
-            raise ValueError(f"{name} is {length}; it must be the longest sequence, 1 to {total}")
+        if length < 1:
+            raise ValueError(f"{name} is {length}; it must be at least the longest sequence, and at least 1")
     scale = q.shape[-1] ** -0.5 if sm_scale is None else float(sm_scale)
     config = AttentionConfig(smooth_k=smooth_k).encode()
     return ops.attention_varlen(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, is_causal, scale, config
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        min(max_seqlen_q, q.shape[0]),
+        min(max_seqlen_k, k.shape[0]),
+        is_causal,
+        scale,
+        config,
     )
 
 

@@ -173,7 +173,8 @@ def _resolve(backend: Backend, config: AttentionConfig) -> tuple[AttentionConfig
     mode = auto_mode if config.pv_accum == "auto" else config.pv_accum
     if mode not in backend.modes:
         wanted, mode = mode, nearest_mode(mode, backend.modes)
-        notes.append(f"pv_accum {wanted} is not available on {backend.name}; served by {mode}, which is as accurate")
+        how = "at least as accurate" if PV[mode].error <= PV[wanted].error else "the most accurate it has"
+        notes.append(f"pv_accum {wanted} is not available on {backend.name}; served by {mode}, which is {how}")
     quantised_v = PV[mode].p_dtype != "fp16" or mode == "fp16/fp16"  # where V's mean would cost accuracy
     resolved = replace(
         config,

@@ -47,6 +47,8 @@ def run(
     config: AttentionConfig,
 ) -> tuple[Tensor, Tensor]:
     """Serve one call. `qkv` is emptied as early as the backend can, so that a caller who let go of them frees memory."""
+    if any(x.stride(-1) != 1 and x.shape[-1] > 1 for x in qkv):  # a compiler may have changed what was checked
+        raise ValueError("q, k and v must have stride 1 along head_dim")
     choice = accept(Request(config, qkv[0].device))
     if choice.backend == "triton":
         from .triton import launch

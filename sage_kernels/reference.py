@@ -18,6 +18,7 @@ from .quantize import (
     GRANULARITIES,
     INT8_KEY_TILE,
     KEY_TILE,
+    LARGEST,
     LOG2E,
     PV,
     TINY,
@@ -28,6 +29,7 @@ from .quantize import (
     v_range,
 )
 
+MASK_LIMIT = 2e38  # of a finite additive mask, whose values are multiplied by LOG2E
 SCORES = 1 << 24  # score elements held at a time
 
 
@@ -168,10 +170,10 @@ def attention(
     sm_scale: float | None = None,
     attn_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The reference backend: the emulation, with every kv head that holds a NaN or inf computed exactly instead."""
+    """The reference backend: the emulation, with kv heads that hold a NaN, an inf or a huge number computed exactly."""
     options = dict(is_causal=is_causal, sm_scale=sm_scale, attn_mask=attn_mask)
     out, lse = emulate(q, k, v, config=config, **options)  # type: ignore[arg-type]
-    bad = ~(_head_is_finite(q, k.shape[1]) & _head_is_finite(k) & _head_is_finite(v))  # [b, g]
+    bad = ~(_head_is_ordinary(q, k.shape[1]) & _head_is_ordinary(k) & _head_is_ordinary(v))  # [b, g]
     if bool(bad.any()):
         exact_out, exact_lse = exact_attention(q, k, v, dtype=torch.float32, **options)  # type: ignore[arg-type]
         bad = bad.repeat_interleave(q.shape[1] // k.shape[1], dim=1)[..., None]
@@ -180,9 +182,9 @@ def attention(
     return out.to(q.dtype), lse
 
 
-def _head_is_finite(x: Tensor, groups: int | None = None) -> Tensor:
-    finite = x.isfinite().flatten(2).all(-1)
-    return finite if groups is None else finite.unflatten(1, (groups, -1)).all(-1)
+def _head_is_ordinary(x: Tensor, groups: int | None = None) -> Tensor:
+    ordinary = (x.abs() < LARGEST).flatten(2).all(-1)
+    return ordinary if groups is None else ordinary.unflatten(1, (groups, -1)).all(-1)
 
 
 def emulate(
@@ -307,7 +309,7 @@ def _attend(
         allowed, bias = call.visible.tile(rows, cols, call.q.device)
         score = scores.tile(rows, cols)
         if bias is not None:
-            score = score + bias.float() * LOG2E
+            score = score + _in_base_2(bias.float())
         score = _hide(score, allowed)
         tile_top = score.amax(-1)
         new_top = torch.maximum(top, tile_top)
@@ -326,6 +328,11 @@ def _attend(
     out = torch.where(empty[..., None], 0.0, out)
     lse = (top + torch.log2(total)) / LOG2E + scores.lse_shift[..., rows]
     return out, torch.where(empty, float("-inf"), lse)
+
+
+def _in_base_2(bias: Tensor) -> Tensor:
+    """A finite value, such as a dtype's smallest, must not become an inf."""
+    return torch.where(bias.isfinite(), bias.clamp(-MASK_LIMIT, MASK_LIMIT), bias) * LOG2E
 
 
 def _accumulate(acc: Tensor, p: Tensor, v: Tensor, pv: PVMode, grow: Tensor) -> Tensor:

@@ -286,3 +286,27 @@ def test_same_special_catches():
     for bad in ([float("nan"), float("inf"), float("nan")], [1.0, -float("inf"), float("nan")]):
         with pytest.raises(AssertionError):
             same_special(torch.tensor(bad), good)
+
+
+def test_compile_with_a_scale_that_changes():
+    x = qkv(nq=33, d=64)
+    compiled = torch.compile(
+        lambda q, k, v, s: sage_kernels.attention(q, k, v, sm_scale=s), fullgraph=True, backend="aot_eager"
+    )
+    for scale in (0.2, 0.3, 0.4):
+        assert torch.equal(compiled(*x, scale), sage_kernels.attention(*x, sm_scale=scale))
+
+
+def test_consuming_refuses_gradients():
+    x = [t.requires_grad_() for t in qkv(nq=33, d=64)]
+    with pytest.raises(RuntimeError, match="no backward pass"):
+        sage_kernels.attention_consuming(list(x))
+    with torch.no_grad():
+        assert not sage_kernels.attention_consuming(list(x)).requires_grad
+
+
+def test_max_seqlen_may_be_rounded_up():
+    q, k, v = (x[0].transpose(0, 1) for x in qkv(nq=20, d=64))
+    ends = torch.tensor([0, 8, 20], dtype=torch.int32)
+    want = sage_kernels.sageattn_varlen(q, k, v, ends, ends, 12, 12)
+    assert torch.equal(sage_kernels.sageattn_varlen(q, k, v, ends, ends, 64, 128), want)

@@ -1,8 +1,10 @@
 """The grammar of `blocks`, and how a call's block is known from transformer_options."""
 
+import copy
+
 import pytest
 
-from nodes.blocks import GRAMMAR, count_blocks, parse, position, tag_blocks, tells_its_blocks
+from nodes.blocks import GRAMMAR, Tags, count_blocks, parse, position, tells_its_blocks
 
 
 @pytest.mark.parametrize(
@@ -117,34 +119,41 @@ def test_position(options, counts, expected):
     assert position(options, counts) == expected
 
 
-class Patcher:
-    def __init__(self, replacements):
-        self.model_options = {"transformer_options": {"patches_replace": {"dit": dict(replacements)}}}
-
-    def set_model_patch_replace(self, patch, name, block_name, number):
-        self.model_options["transformer_options"]["patches_replace"][name][block_name, number] = patch
-
-    def run(self, key, args):
-        replace = self.model_options["transformer_options"]["patches_replace"]["dit"][key]
-        return replace(args, {"original_block": lambda given: ("original", dict(given["transformer_options"]))})
+def run(options, key, args):
+    """What a model does with a replaced block."""
+    replace = options["patches_replace"]["dit"][key]
+    return replace(args, {"original_block": lambda given: ("original", dict(given["transformer_options"]))})
 
 
-def test_tag_blocks_composes_with_what_is_there():
+def test_tags_compose_with_what_is_there():
     def there(args, extra):
         return ("replaced", *extra["original_block"](args))
 
-    patcher = Patcher({("double_block", 1): there})
-    tag_blocks(patcher, {"double": 2, "single": 1})
+    given = {"other": 1, "patches_replace": {"dit": {("double_block", 1): there}, "attn2": {}}}
+    options = Tags({"double": 2, "single": 1}).into(given)
+    assert given["patches_replace"]["dit"] == {("double_block", 1): there}, "ComfyUI's own dict is not written"
+    assert options["other"] == 1 and options["patches_replace"]["attn2"] == {}
     told = {"block_type": "double", "block_index": 0, "total_blocks": 2}
-    assert patcher.run(("double_block", 0), {"transformer_options": {}}) == ("original", told)
+    assert run(options, ("double_block", 0), {"transformer_options": {}}) == ("original", told)
     told["block_index"] = 1
-    assert patcher.run(("double_block", 1), {"transformer_options": {}}) == ("replaced", "original", told)
+    assert run(options, ("double_block", 1), {"transformer_options": {}}) == ("replaced", "original", told)
     told = {"block_type": "single", "block_index": 0, "total_blocks": 1}
-    assert patcher.run(("single_block", 0), {"transformer_options": {}}) == ("original", told)
+    assert run(options, ("single_block", 0), {"transformer_options": {}}) == ("original", told)
 
 
-def test_tag_blocks_leaves_a_model_alone_that_hands_over_no_options():
-    patcher = Patcher({})
-    tag_blocks(patcher, {"double": 1, "single": 0})
-    tag = patcher.model_options["transformer_options"]["patches_replace"]["dit"]["double_block", 0]
+def test_tags_are_made_once_until_another_node_replaces_a_block():
+    tags = Tags({"double": 2, "single": 0})
+    first, again = tags.into({}), tags.into({})
+    assert first["patches_replace"]["dit"] == again["patches_replace"]["dit"], (
+        "a new function would recompile the model"
+    )
+    later = tags.into({"patches_replace": {"dit": {("double_block", 0): lambda args, extra: "theirs"}}})
+    assert run(later, ("double_block", 0), {"transformer_options": {}}) == "theirs"
+    key = ("double_block", 1)
+    assert later["patches_replace"]["dit"][key] is first["patches_replace"]["dit"][key]
+    assert copy.deepcopy(tags) is tags
+
+
+def test_a_model_that_hands_over_no_options_is_left_alone():
+    tag = Tags({"double": 1, "single": 0}).into({})["patches_replace"]["dit"]["double_block", 0]
     assert tag({"img": 1}, {"original_block": lambda args: args}) == {"img": 1}

@@ -15,7 +15,7 @@ from nodes.blocks import parse
 from nodes.errors import poisons_context
 from nodes.kernels import AttentionConfig
 from nodes.override import Settings, make_override
-from nodes.report import Report, ranges
+from nodes.report import Report, publish, ranges
 from nodes.sampling import Patch, inside, install, step_index
 
 HEADS, DIM = 4, 64
@@ -226,6 +226,33 @@ def test_gradients_are_passed_on():
     assert list(patch.report.passed) == ["gradients are wanted, which the kernels do not compute"]
 
 
+def test_v_with_its_heads_split_already():
+    """SD3 hands over q and k as [b, n, h * d] and v as [b, n, h, d]."""
+    run, patch = make()
+    q, k, v = tensors()
+    want = run(core, q, k, v, HEADS)
+    assert torch.equal(run(core, q, k, v.unflatten(-1, (HEADS, DIM)), HEADS), want) and core.calls == 0
+    assert patch.report.as_dict()["calls"] == 2 and not patch.report.passed
+
+
+@pytest.mark.parametrize(
+    "shapes, said",
+    [
+        ([(2, 8, 0)] * 3, "head_dim 0"),
+        ([(2, 8, 256), (2, 8, 256), (2, 8, 160)], "the same number of whole heads"),
+        ([(2, 8, 256), (2, 8, 100), (2, 8, 100)], "the same number of whole heads"),
+        ([(2, 8, 255)] * 3, "number of heads"),
+        ([(2, 256)] * 3, "3 or 4 dimensions"),
+    ],
+)
+def test_shapes_that_cannot_be_served_reach_the_previous_attention(shapes, said):
+    run, patch = make()
+    given = [torch.zeros(shape) for shape in shapes]
+    assert run(lambda q, *rest, **more: q, *given, HEADS) is given[0]
+    (reason,) = patch.report.passed
+    assert said in reason
+
+
 def test_what_the_kernels_refuse_is_passed_on_with_their_reason():
     run, patch = make()
     run(core, *tensors(dtype=torch.float64), HEADS)
@@ -373,6 +400,10 @@ def test_out_of_memory_is_left_to_comfyui(monkeypatch):
         ("CUDA error: unspecified launch failure", True),
         ("CUDA error: misaligned address", True),
         ("Triton Error [CUDA]: an illegal memory access was encountered", True),
+        ("Triton Error [CUDA]: misaligned address", True),
+        ("Triton Error [CUDA]: illegal instruction", True),
+        ("Triton Error [CUDA]: invalid argument", False),
+        ("Triton Error [CUDA]: out of memory", False),
         ("CUDA error: no kernel image is available for execution on the device", False),
         ("CUDA error: invalid configuration argument", False),
         ("out of resource: shared memory", False),
@@ -656,6 +687,19 @@ def test_a_run_without_counted_calls_says_why(wrappers, compiled, said):
     wrappers(patch)["outer_sample"](Executor(sample))
     (note,) = patch.report.notes
     assert said in note and said in patch.report.line()
+
+
+def test_a_report_that_cannot_be_shown_costs_nothing(monkeypatch, caplog):
+    class PromptServer:
+        class instance:
+            @staticmethod
+            def send_progress_text(text):  # another signature than today's
+                raise AssertionError("not reached")
+
+    monkeypatch.setitem(sys.modules, "server", types.SimpleNamespace(PromptServer=PromptServer))
+    with caplog.at_level(logging.WARNING):
+        publish(Report("1"))
+    assert "cannot be shown" in caplog.text
 
 
 def test_ranges():

@@ -147,17 +147,45 @@ def test_nan_and_inf_stand_where_exact_attention_has_them(name, value, options):
 
 @needs_interpreter
 def test_packed_sequences():
-    lengths_q, lengths_k = [5, 130, 1, 64], [70, 3, 129, 64]
+    lengths_q, lengths_k = [5, 130, 1, 60, 4], [70, 3, 129, 64, 0]
     cu_q, cu_k = (torch.tensor([0, *torch.tensor(x).cumsum(0)], dtype=torch.int32) for x in (lengths_q, lengths_k))
     q, k, v = (x[0].transpose(0, 1) for x in qkv(heads=4, kv_heads=2, nq=200, nk=266, d=40))
     config = AttentionConfig(backend="triton").encode()
     for causal in (False, True):
         out = torch.ops.sage_kernels.attention_varlen(q, k, v, cu_q, cu_k, 130, 129, causal, 0.2, config)
+        assert not out[-4:].any()  # their sequence has no keys
         for i in range(4):
             rows, cols = slice(cu_q[i], cu_q[i + 1]), slice(cu_k[i], cu_k[i + 1])
             one = [x[None, part] for x, part in ((q, rows), (k, cols), (v, cols))]
             wanted, _ = both(*one, layout="NHD", is_causal=causal, sm_scale=0.2)
             close(out[rows], wanted[0], LIMIT)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_masks_of_a_dtypes_smallest_number(backend, mode, dtype):
+    """As models build them: finite, so a row that has nothing else is the mean of V; and -inf and +inf stay what they are."""
+    q, k, v = qkv(nq=70, nk=150, d=64)
+    mask = torch.zeros(70, 150, dtype=dtype)
+    mask[:, 100:] = torch.finfo(dtype).min
+    mask[5] = torch.finfo(dtype).min
+    mask[6, :149] = -torch.inf
+    out = sage_kernels.attention(q, k, v, attn_mask=mask, config=AttentionConfig(backend=backend, pv_accum=mode))
+    close(out, exact(q, k, v, attn_mask=mask)[0], tolerance(mode))
+
+
+@needs_interpreter
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("name,size", [("k", 1e38), ("v", 1e37), ("q", 1e37)])
+def test_huge_numbers_are_served_exactly(backend, name, size):
+    tensors = dict(zip("qkv", qkv(nq=20, nk=40, d=64)))
+    tensors[name][0, 1, 3] = size * torch.tensor([1.0, -1.0]).repeat(32)  # the sum over channels is 0
+    other = {"k": "q", "q": "k", "v": "q"}[name]
+    tensors[other] *= 1e-37
+    out = sage_kernels.attention(**tensors, config=AttentionConfig(backend=backend))
+    close(out, exact(**tensors)[0], tolerance("fp16"))
 
 
 @pytest.mark.parametrize("arch,shared_memory", [(80, 166912), (89, 101376), (90, 232448), (120, 101376)])

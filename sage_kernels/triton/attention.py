@@ -10,6 +10,7 @@ from .quantize import MAGIC, span
 
 P_MAX_LOG2 = tl.constexpr(15)  # fp16 P is 2**15 * exp2(score - top): probabilities stay out of fp16's subnormals
 LOG2E = tl.constexpr(1.4426950408889634)
+MASK_LIMIT = tl.constexpr(2e38)
 LN2 = tl.constexpr(0.6931471805599453)
 KEY_GROUP = tl.constexpr(64)  # keys of one K scale (interleaved four ways if SUB_K is 4)
 
@@ -35,8 +36,11 @@ def apply_mask(
         if MASK == "bool":
             visible &= value != 0
         else:
-            bias = value.to(tl.float32) * LOG2E
+            bias = value.to(tl.float32)
             visible &= bias != float("-inf")
+            # a finite value, such as a dtype's smallest, must not become an inf in base 2
+            near = tl.minimum(tl.maximum(bias, -MASK_LIMIT), MASK_LIMIT)
+            bias = tl.where(tl.abs(bias) < float("inf"), near, bias) * LOG2E
             score += tl.where(visible, bias, 0.0)
     return tl.where(visible, score, float("-inf")), visible
 

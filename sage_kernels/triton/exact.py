@@ -22,8 +22,9 @@ def exact_kernel(
     HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr,
     MASK_ROWS: tl.constexpr, LSE: tl.constexpr, VARLEN: tl.constexpr,
 ):  # fmt: skip
-    """Programs (i, row) share the query blocks of one head: i, i + num_programs, ..."""
-    row = tl.program_id(1).to(tl.int64)
+    """Programs (row, i) share the query blocks of one head: i, i + programs, ... Rows are on the grid's first axis everywhere,
+    for the others end at 65535."""
+    row = tl.program_id(0).to(tl.int64)
     b, h = row // heads, row % heads
     kv_head = h // group
     if tl.load(bad + b * (heads // group) + kv_head) == 0:
@@ -38,7 +39,7 @@ def exact_kernel(
     if MASK != "none":
         mask += b * stride_mb + h * stride_mh
     channel = tl.arange(0, D)
-    for first in range(tl.program_id(0) * BLOCK, q_len, tl.num_programs(0) * BLOCK):
+    for first in range(tl.program_id(1) * BLOCK, q_len, tl.num_programs(1) * BLOCK):
         m = first + tl.arange(0, BLOCK)
         acc = tl.zeros([BLOCK, D], tl.float32)
         up = tl.zeros([BLOCK, D], tl.float32)  # how many +inf or NaN (down: -inf or NaN) values a query sees

@@ -171,7 +171,7 @@ def attention_varlen(
         batch, q.shape[1], k.shape[1], max_seqlen_q, max_seqlen_k, q.shape[2], is_causal, sm_scale, False, config,
         cu_seqlens_q, cu_seqlens_k,
     )  # fmt: skip
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)  # tokens that belong to no sequence stay 0
     lse = torch.empty(0, dtype=torch.float32, device=q.device)
 
     def hnd(x: Tensor) -> Tensor:
@@ -241,7 +241,7 @@ def _statistics(call: Call, k: Tensor, v: Tensor) -> Statistics:
     chunk = -(-blocks // _programs(blocks, kv_rows)) * BLOCK
     chunks = -(-call.nk // chunk)
     partial = _new(k, (chunks, kv_rows, 4, dim), torch.float32)
-    quantize.stats_kernel[(chunks, kv_rows)](
+    quantize.stats_kernel[(kv_rows, chunks)](
         k, v, call.cu_k, partial, known.bad, *k.stride()[:3], *v.stride()[:3], call.kv_heads, call.nk, chunk,
         HEAD_DIM=call.head_dim, D=dim, ROWS=4096 // dim, VARLEN=call.varlen,
     )  # fmt: skip
@@ -266,7 +266,7 @@ def _quantise_qk(call: Call, x: Tensor, known: Statistics, is_k: bool) -> Codes:
         scale=_new(x, (rows, blocks * BLOCK // size * sub), torch.float32),
         lse_shift=_new(x, (rows, blocks * BLOCK) if shifts else (1,), torch.float32),
     )
-    quantize.quantize_qk_kernel[(_programs(blocks, rows), rows)](
+    quantize.quantize_qk_kernel[(rows, _programs(blocks, rows))](
         x, cu, known.k_mean, known.k_mean_rotated, codes.values, codes.scale, codes.lse_shift, known.bad, *x.stride()[:3],
         heads, group, tokens, blocks * BLOCK, call.sm_scale, call.sm_scale * LOG2E, HEAD_DIM=call.head_dim, D=call.dim,
         GROUP=size, SUB=sub, ROTATE=call.config.rotate, IS_K=is_k, SHIFT=shifts, VARLEN=call.varlen,
@@ -284,7 +284,7 @@ def _quantise_v(call: Call, v: Tensor, known: Statistics) -> Values:
         sums=_new(v, (rows, blocks, dim) if sums else (1,), torch.float32),
         put_back=_new(v, (rows, dim) if smooth else (1,), torch.float32),
     )
-    quantize.quantize_v_kernel[(_programs(blocks, rows), rows)](
+    quantize.quantize_v_kernel[(rows, _programs(blocks, rows))](
         v, call.cu_k, known.v_mean, known.v_scale, codes.values, codes.sums, *v.stride()[:3], call.kv_heads, call.nk,
         blocks * BLOCK, HEAD_DIM=call.head_dim, D=dim, INT8_V=call.int8_v, SUM_V=sums, VARLEN=call.varlen,
         num_warps=8, num_stages=1,
@@ -304,7 +304,7 @@ def _new(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 def _guard(call: Call, q: Tensor, k: Tensor, v: Tensor, bad: Tensor, mask: Mask, out: Tensor, lse: Tensor) -> None:
     """Serve the heads that hold a NaN or inf, before q, k and v are let go of."""
     splits = min(16, -(-call.nq // 32))
-    exact.exact_kernel[(splits, call.batch * call.heads)](
+    exact.exact_kernel[(call.batch * call.heads, splits)](
         q, k, v, bad, mask.tensor, call.cu_q, call.cu_k, out, lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         *mask.strides, *out.stride()[:3], call.heads, call.group, call.nq, call.nk, call.sm_scale,
         HEAD_DIM=call.head_dim, D=call.dim, BLOCK=32, CAUSAL=call.is_causal, MASK=mask.kind, MASK_ROWS=mask.rows,

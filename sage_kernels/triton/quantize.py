@@ -1,7 +1,8 @@
 """Fused quantisation of q, k and v for the attention kernel. docs/algorithm.md, "Quantisation".
 
 Everything is written padded with zeros to whole tiles of BLOCK tokens and D channels, so that the attention kernel loads
-without bounds. A kv head that holds a NaN or inf is flagged in `bad`; exact.py then serves it.
+without bounds. A kv head that holds a NaN, an inf or a magnitude of
+LARGEST is flagged in `bad`; exact.py then serves it.
 """
 
 import triton
@@ -9,7 +10,8 @@ import triton.language as tl
 
 BLOCK = tl.constexpr(128)  # tokens a program quantises; also the int8 PV tile, whose sums of V it writes
 MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding and subtracting it rounds to the nearest even integer
-TINY = tl.constexpr(1e-35)
+TINY = tl.constexpr(1e-35)  # this and the next as in ..quantize
+LARGEST = tl.constexpr(1e36)
 HASH = tl.constexpr(0x9E3779B1)
 
 
@@ -62,11 +64,12 @@ def load_rotated(base, tokens, stride_n, n, turn, HEAD_DIM: tl.constexpr, D: tl.
 
 @triton.jit
 def int8_groups(x, GROUP: tl.constexpr, SUB: tl.constexpr):
-    """(codes int8 [BLOCK, D], scales [BLOCK // GROUP * SUB], 1 if x holds a NaN or inf) for quantize.Granularity's groups."""
+    """(codes int8 [BLOCK, D], scales [BLOCK // GROUP * SUB], 1 if x is not all below LARGEST) for quantize.Granularity's groups."""
     magnitude = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF  # as integers, NaN > inf > every number
     top = tl.max(magnitude, 1)
-    bad = (tl.max(top, 0) >= 0x7F800000).to(tl.int32)
-    top = tl.reshape(top.to(tl.float32, bitcast=True), [BLOCK // GROUP, GROUP // 8, SUB, 8 // SUB])
+    top = top.to(tl.float32, bitcast=True)
+    bad = tl.max((top < LARGEST).to(tl.int32) ^ 1, 0)
+    top = tl.reshape(top, [BLOCK // GROUP, GROUP // 8, SUB, 8 // SUB])
     top = tl.max(tl.max(top, 3), 1)  # [BLOCK // GROUP, SUB]
     inverse = tl.where(top > TINY, tl.math.div_rn(127.0, top), 0.0)
     scale = tl.where(top > TINY, tl.math.div_rn(top, 127.0), 0.0)
@@ -92,7 +95,7 @@ def stats_kernel(
     HEAD_DIM: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, VARLEN: tl.constexpr,
 ):  # fmt: skip
     """partial [chunks, b * kv_heads, 4, D]: sum of k, sum of v, smallest v, largest v, over one chunk of tokens each."""
-    row = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64)
     b, h = row // kv_heads, row % kv_heads
     start, n = span(cu_k, b, nk, VARLEN)
     batch = 0 if VARLEN else b
@@ -100,13 +103,16 @@ def stats_kernel(
     v += batch * stride_vb + h * stride_vh + start * stride_vn
     k_sum = tl.zeros([ROWS, D], tl.float32)
     v_sum = tl.zeros([ROWS, D], tl.float32)
+    k_high = tl.zeros([ROWS, D], tl.float32)
     low = tl.full([ROWS, D], float("inf"), tl.float32)
     high = tl.full([ROWS, D], float("-inf"), tl.float32)
-    first = tl.program_id(0) * chunk
+    first = tl.program_id(1) * chunk
     for at in range(first, min(first + chunk, n), ROWS):
         tokens = at + tl.arange(0, ROWS)
         values = load_tokens(v, tokens, stride_vn, n, 0, D, HEAD_DIM).to(tl.float32)
-        k_sum += load_tokens(k, tokens, stride_kn, n, 0, D, HEAD_DIM).to(tl.float32)
+        keys = load_tokens(k, tokens, stride_kn, n, 0, D, HEAD_DIM).to(tl.float32)
+        k_sum += keys
+        k_high = tl.maximum(k_high, tl.abs(keys))
         v_sum += values
         inside = tokens[:, None] < n
         low = tl.minimum(low, tl.where(inside, values, float("inf")))
@@ -114,13 +120,16 @@ def stats_kernel(
     k_total = tl.sum(k_sum, 0)
     v_total = tl.sum(v_sum, 0)
     channel = tl.arange(0, D)
-    partial += (tl.program_id(0) * tl.num_programs(1) + row) * 4 * D + channel
+    partial += (tl.program_id(1) * tl.num_programs(0) + row) * 4 * D + channel
     tl.store(partial, k_total)
     tl.store(partial + D, v_total)
-    tl.store(partial + 2 * D, tl.min(low, 0))
-    tl.store(partial + 3 * D, tl.max(high, 0))
+    low_total, high_total = tl.min(low, 0), tl.max(high, 0)
+    tl.store(partial + 2 * D, low_total)
+    tl.store(partial + 3 * D, high_total)
+    largest = tl.maximum(tl.max(k_high, 0), tl.maximum(tl.abs(low_total), tl.abs(high_total)))
     finite = (tl.abs(k_total) < float("inf")) & (tl.abs(v_total) < float("inf"))  # a NaN or inf reaches its sum
-    tl.store(bad + row, 1, mask=tl.min(finite.to(tl.int32), 0) == 0)
+    ordinary = finite & ((largest < LARGEST) | (n <= first))
+    tl.store(bad + row, 1, mask=tl.min(ordinary.to(tl.int32), 0) == 0)
 
 
 @triton.jit(do_not_specialize=["kv_heads", "nk", "chunks"])
@@ -151,7 +160,7 @@ def finish_stats_kernel(
         scale = tl.exp2(tl.ceil(tl.log2(top / v_max)))
     else:
         scale = tl.math.div_rn(top, tl.zeros([D], tl.float32) + v_max)
-    tl.store(v_scale + row * D + channel, tl.where(top > TINY, scale, 0.0))
+    tl.store(v_scale + row * D + channel, tl.where((top > TINY) & (n > 0), scale, 0.0))
     tl.store(k_mean + row * D + channel, k_mean_value)
     tl.store(v_mean + row * D + channel, v_mean_value)
     if ROTATE:
@@ -174,16 +183,16 @@ def quantize_qk_kernel(
 ):  # fmt: skip
     """q * factor (sm_scale * log2 e), or k - mean, to int8. SHIFT: for q, also lse_shift = q . k_mean * sm_scale.
 
-    heads counts those of x, and group how many of them share a kv head. Programs (i, row) take blocks i, i + programs, ...
+    heads counts those of x, and group how many of them share a kv head. Programs (row, i) take blocks i, i + programs, ...
     """
-    row = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64)
     b, h = row // heads, row % heads
     kv_row = b * (heads // group) + h // group
     start, n = span(cu, b, n_tokens, VARLEN)
     x += (0 if VARLEN else b) * stride_b + h * stride_h + start * stride_n
     channel = tl.arange(0, D)
     turn = rotation(0, D, D, x.dtype.element_ty) if ROTATE and D <= 128 else 0
-    for block in range(tl.program_id(0), tl.cdiv(n, BLOCK), tl.num_programs(0)):
+    for block in range(tl.program_id(1), tl.cdiv(n, BLOCK), tl.num_programs(1)):
         tokens = block * BLOCK + tl.arange(0, BLOCK)
         value = load_rotated(x, tokens, stride_n, n, turn, HEAD_DIM, D, ROTATE)
         if IS_K:
@@ -209,7 +218,7 @@ def quantize_v_kernel(
     HEAD_DIM: tl.constexpr, D: tl.constexpr, INT8_V: tl.constexpr, SUM_V: tl.constexpr, VARLEN: tl.constexpr,
 ):  # fmt: skip
     """(v - mean) / scale to fp16 [tokens, D] or int8 [D, tokens], and its sums per BLOCK of tokens."""
-    row = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64)
     b, h = row // kv_heads, row % kv_heads
     start, n = span(cu_k, b, nk, VARLEN)
     v += (0 if VARLEN else b) * stride_b + h * stride_h + start * stride_n
@@ -217,7 +226,7 @@ def quantize_v_kernel(
     mean = tl.load(v_mean + row * D + channel)[None, :]
     scale = tl.load(v_scale + row * D + channel)[None, :]
     inverse = tl.where(scale > 0, tl.math.div_rn(1.0, scale), 0.0)
-    for block in range(tl.program_id(0), tl.cdiv(n, BLOCK), tl.num_programs(0)):
+    for block in range(tl.program_id(1), tl.cdiv(n, BLOCK), tl.num_programs(1)):
         tokens = block * BLOCK + tl.arange(0, BLOCK)
         values = load_tokens(v, tokens, stride_n, n, 0, D, HEAD_DIM).to(tl.float32)
         values = tl.where((tokens < n)[:, None], (values - mean) * inverse, 0.0)

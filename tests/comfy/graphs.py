@@ -35,6 +35,7 @@ class Tiny:
 
 MODELS = {
     "wan": Tiny(unet("tiny_wan.safetensors"), VIDEO, text(width=4096), blocks=3, calls_a_block=2),
+    "wan22_5b": Tiny(unet("tiny_wan22_5b.safetensors"), VIDEO, text(width=4096), blocks=3, calls_a_block=2),
     "hunyuan": Tiny(unet("tiny_hunyuan_video.safetensors"), VIDEO, text(pooled=768), blocks=5, calls_a_block=1),
     "flux": Tiny({"class_type": "TinyFlux", "inputs": {}}, IMAGE, text(pooled=32), blocks=5, calls_a_block=1),
 }

@@ -40,7 +40,7 @@ def test_every_eligible_call_is_taken_and_the_latent_is_close(comfy, model):
 @pytest.mark.parametrize("model", MODELS)
 def test_the_block_told_is_the_block_that_runs(comfy, model):
     calls = comfy.sample(model, [patch(), recorder("all")], steps=1).seen("all")
-    doubles = {"wan": 3, "hunyuan": 2, "flux": 2}[model]
+    doubles = {"wan": 3, "wan22_5b": 3, "hunyuan": 2, "flux": 2}[model]
     for call in calls:
         if call["block"] is None:  # the text refiner
             assert call["told"] == [None, None, None]
@@ -187,3 +187,27 @@ def test_compiled(comfy, model):
     assert (result.report["model_calls"], result.report["model_calls_on"]) == (8, 2)
     assert result.report["calls"] == 0 and "compiled" in result.report["notes"][0]
     assert relative_l2(result.latent, comfy.sample(model, [node], steps=8).latent) < 1e-4
+
+
+def test_two_models_in_turn_as_wan22_14b_has_them(comfy):
+    """High noise, then low noise: two loaders, two patches with settings of their own, two samplers, two reports."""
+    prompt = comfy.graph("wan", [patch(blocks="0")], steps=4)
+    advanced = {**prompt["sampler"]["inputs"], "noise_seed": 1}
+    for name in ("seed", "denoise"):
+        del advanced[name]
+    second = {
+        "low": {"class_type": "SageAttentionPatch", "inputs": {**patch(blocks="!0")[1], "model": ["loader_low", 0]}},
+        "loader_low": prompt["loader"],
+        "sampler": {"class_type": "KSamplerAdvanced", "inputs": {
+            **advanced, "add_noise": "enable", "start_at_step": 0, "end_at_step": 2,
+            "return_with_leftover_noise": "enable"}},
+        "sampler_low": {"class_type": "KSamplerAdvanced", "inputs": {
+            **advanced, "model": ["low", 0], "latent_image": ["sampler", 0], "add_noise": "disable", "start_at_step": 2,
+            "end_at_step": 10000, "return_with_leftover_noise": "disable"}},
+        "save": {"class_type": "SaveLatent", "inputs": {"samples": ["sampler_low", 0], "filename_prefix": "two"}},
+    }  # fmt: skip
+    comfy.server.run({**prompt, **second})
+    high, low = comfy.server.get("/sage_attention/reports")[-2:]
+    assert high["taken"][0]["blocks"] == [0] and high["taken"][0]["calls"] == 2
+    assert low["taken"][0]["blocks"] == [1, 2] and low["taken"][0]["calls"] == 4
+    assert {high["node_id"], low["node_id"]} == {"SageAttentionPatch_0", "low"}

@@ -1,4 +1,4 @@
-"""Write tiny random Wan 2.1 and HunyuanVideo checkpoints that UNETLoader recognises.
+"""Write tiny random Wan 2.1, Wan 2.2 5B and HunyuanVideo checkpoints that UNETLoader recognises.
 
 usage: python tiny_models.py COMFYUI_DIR MODELS_DIR       (run by conftest.py, in a process of its own)
 """
@@ -10,6 +10,11 @@ WAN = dict(
     image_model="wan2.1", model_type="t2v", patch_size=(1, 2, 2), in_dim=16, dim=256, ffn_dim=512, freq_dim=256,
     text_dim=4096, out_dim=16, num_heads=2, num_layers=3,
 )  # fmt: skip
+WAN22_5B = {
+    **WAN,
+    "in_dim": 48,
+    "out_dim": 48,
+}  # Wan 2.2 5B's 48 latent channels; the 14B models are shaped as Wan 2.1's
 HUNYUAN = dict(
     image_model="hunyuan_video", in_channels=16, out_channels=16, vec_in_dim=768, context_in_dim=64, hidden_size=256,
     mlp_ratio=4.0, num_heads=2, depth=2, depth_single_blocks=3, axes_dim=[16, 56, 56], theta=256, patch_size=[1, 2, 2],
@@ -47,7 +52,12 @@ def main(comfyui: str, folder: str) -> None:
     from comfy.ldm.wan.model import WanModel
     from safetensors.torch import save_file
 
-    for name, kind, config in (("tiny_wan", WanModel, WAN), ("tiny_hunyuan_video", HunyuanVideo, HUNYUAN)):
+    tiny = (
+        ("tiny_wan", WanModel, WAN),
+        ("tiny_wan22_5b", WanModel, WAN22_5B),
+        ("tiny_hunyuan_video", HunyuanVideo, HUNYUAN),
+    )
+    for name, kind, config in tiny:
         model = kind(**config, dtype=torch.float32, device="cpu", operations=comfy.ops.disable_weight_init)
         save_file(random_weights(model, seed=0), Path(folder, f"{name}.safetensors"))
 

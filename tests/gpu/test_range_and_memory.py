@@ -48,3 +48,28 @@ def test_peak_memory():
     before = torch.cuda.memory_allocated()
     sage_kernels.attention_consuming(tensors)
     assert torch.cuda.max_memory_allocated() - before < 3.2 * elements
+
+
+def test_more_heads_than_a_grids_second_axis_has():
+    """Temporal attention has one batch entry for each pixel: 65536 rows and more."""
+    x = qkv(8193, 8, 16, 16, 64, None, torch.float16, "cuda")
+    out = sage_kernels.attention(*x, config=AttentionConfig(backend="triton"))
+    last = [t[-2:] for t in x]
+    close(out[-2:], exact(*last)[0], tolerance("fp16"))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_masks_of_a_dtypes_smallest_number(mode):
+    x = qkv(1, 2, 70, 150, 64, None, torch.bfloat16, "cuda")
+    mask = torch.zeros(70, 150, dtype=torch.bfloat16, device="cuda")
+    mask[:, 100:] = torch.finfo(torch.bfloat16).min
+    mask[5] = torch.finfo(torch.bfloat16).min
+    out = sage_kernels.attention(*x, attn_mask=mask, config=AttentionConfig(backend="triton", pv_accum=mode))
+    close(out, exact(*x, attn_mask=mask)[0], tolerance(mode))
+
+
+def test_an_empty_sequence_gives_zeros():
+    q, k, v = (torch.randn(n, 2, 64, device="cuda", dtype=torch.float16) for n in (30, 20, 20))
+    ends = [torch.tensor(x, device="cuda", dtype=torch.int32) for x in ([0, 10, 20, 30], [0, 10, 10, 20])]
+    out = sage_kernels.sageattn_varlen(q, k, v, *ends, 10, 10)
+    assert not out[10:20].any() and bool(out.isfinite().all())
