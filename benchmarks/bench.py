@@ -2,7 +2,7 @@
 
     python benchmarks/bench.py                      # all shapes, about three minutes on an H200
     python benchmarks/bench.py --quick              # two shapes
-    python benchmarks/bench.py --shapes 1,24,4608,4608,128 --modes int8 --out /tmp/one.json
+    python benchmarks/bench.py --shapes 1,24,4608,4608,128 --modes int8 --out one.json
     python benchmarks/bench.py --accuracy-only
 
 ms is a whole call as a user makes it, quantisation included, on inputs that are not in the L2 cache. tflops counts
