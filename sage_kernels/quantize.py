@@ -13,6 +13,7 @@ LOG2E = 1.4426950408889634  # scores are kept in base 2, so that exp is one ex2 
 KEY_TILE = 64  # keys between two flushes of a low-precision accumulator
 INT8_KEY_TILE = 128  # keys that share one scale of P in int8 PV; 128 * 255 * 127 < 2**22 keeps the flush exact
 HASH = 0x9E3779B1  # see rotation_signs
+MASK_LIMIT = 2e38  # of a finite additive mask, whose values are multiplied by LOG2E
 LARGEST = 1e36  # a head that holds a larger magnitude, a NaN or an inf is computed exactly
 TINY = 1e-35  # a group whose largest magnitude is below this is all zeros
 

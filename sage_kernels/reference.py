@@ -20,6 +20,7 @@ from .quantize import (
     KEY_TILE,
     LARGEST,
     LOG2E,
+    MASK_LIMIT,
     PV,
     TINY,
     PVMode,
@@ -29,7 +30,6 @@ from .quantize import (
     v_range,
 )
 
-MASK_LIMIT = 2e38  # of a finite additive mask, whose values are multiplied by LOG2E
 SCORES = 1 << 24  # score elements held at a time
 
 

@@ -3,16 +3,21 @@
 Scores are in base 2 with every scale folded in; docs/algorithm.md explains the online softmax and the two ways P is kept.
 """
 
+import math
+
 import triton
 import triton.language as tl
 
+from .. import quantize as shared
 from .quantize import MAGIC, span
 
-P_MAX_LOG2 = tl.constexpr(15)  # fp16 P is 2**15 * exp2(score - top): probabilities stay out of fp16's subnormals
-LOG2E = tl.constexpr(1.4426950408889634)
-MASK_LIMIT = tl.constexpr(2e38)
-LN2 = tl.constexpr(0.6931471805599453)
-KEY_GROUP = tl.constexpr(64)  # keys of one K scale (interleaved four ways if SUB_K is 4)
+P_MAX_LOG2 = tl.constexpr(int(math.log2(shared.PV["fp16/fp32"].p_max)))  # P's factor, in the exponent
+LOG2E = tl.constexpr(shared.LOG2E)
+MASK_LIMIT = tl.constexpr(shared.MASK_LIMIT)
+LN2 = tl.constexpr(math.log(2.0))
+KEY_GROUP = tl.constexpr(
+    shared.GRANULARITIES["per_thread"].k_block
+)  # keys of one K scale (interleaved four ways if SUB_K is 4)
 
 
 @triton.jit

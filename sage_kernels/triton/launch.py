@@ -107,7 +107,7 @@ class Statistics:
     k_mean_rotated: Tensor
     v_mean: Tensor
     v_scale: Tensor
-    bad: Tensor  # int32 [b * kv_heads]: 1 where q, k or v holds a NaN or inf
+    bad: Tensor  # int32 [b * kv_heads]: 1 where q, k or v holds a NaN, an inf or a magnitude of LARGEST
 
 
 @dataclass(frozen=True)

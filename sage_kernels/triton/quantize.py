@@ -1,18 +1,21 @@
 """Fused quantisation of q, k and v for the attention kernel. docs/algorithm.md, "Quantisation".
 
 Everything is written padded with zeros to whole tiles of BLOCK tokens and D channels, so that the attention kernel loads
-without bounds. A kv head that holds a NaN, an inf or a magnitude of
-LARGEST is flagged in `bad`; exact.py then serves it.
+without bounds. A kv head that holds a NaN, an inf or a magnitude of LARGEST is flagged in `bad`; exact.py then serves it.
 """
 
 import triton
 import triton.language as tl
 
-BLOCK = tl.constexpr(128)  # tokens a program quantises; also the int8 PV tile, whose sums of V it writes
+from .. import quantize as shared
+
+BLOCK = tl.constexpr(
+    shared.INT8_KEY_TILE
+)  # tokens a program quantises; also the int8 PV tile, whose sums of V it writes
 MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding and subtracting it rounds to the nearest even integer
-TINY = tl.constexpr(1e-35)  # this and the next as in ..quantize
-LARGEST = tl.constexpr(1e36)
-HASH = tl.constexpr(0x9E3779B1)
+TINY = tl.constexpr(shared.TINY)
+LARGEST = tl.constexpr(shared.LARGEST)
+HASH = tl.constexpr(shared.HASH)
 
 
 @triton.jit
@@ -64,7 +67,7 @@ def load_rotated(base, tokens, stride_n, n, turn, HEAD_DIM: tl.constexpr, D: tl.
 
 @triton.jit
 def int8_groups(x, GROUP: tl.constexpr, SUB: tl.constexpr):
-    """(codes int8 [BLOCK, D], scales [BLOCK // GROUP * SUB], 1 if x is not all below LARGEST) for quantize.Granularity's groups."""
+    """(codes int8 [BLOCK, D], scales [BLOCK // GROUP * SUB], 1 if x is not all below LARGEST), by Granularity's groups."""
     magnitude = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF  # as integers, NaN > inf > every number
     top = tl.max(magnitude, 1)
     top = top.to(tl.float32, bitcast=True)
