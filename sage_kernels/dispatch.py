@@ -14,6 +14,7 @@ from functools import lru_cache
 
 import torch
 
+from . import cuda
 from .config import INTENTS, PV_MODES, AttentionConfig
 from .quantize import PV
 
@@ -50,21 +51,20 @@ class Choice:
         return f"{self.backend} {c.pv_accum} {c.qk_quant_gran} {'+'.join(parts) or 'plain'}{why}{others}"
 
 
+Auto = dict[str, tuple[str, str]]  # intent -> (pv_accum, qk_quant_gran)
+
+
 @dataclass(frozen=True)
 class Backend:
     """One row of the table. `blocked` gives the reason this machine or device cannot use it, or None.
 
-    auto: intent -> (pv_accum, qk_quant_gran), with the reason for each choice beside it.
+    modes and auto are asked only of a device that is not blocked. auto: what each intent gets there.
     """
 
     name: str
-    modes: tuple[str, ...]
     blocked: Callable[[torch.device], str | None]
-    auto: dict[str, tuple[str, str]]
-
-
-def _cuda_blocked(device: torch.device) -> str | None:
-    return "CUDA binary not built: run install.py (this version has no CUDA kernels yet; Triton serves GPUs)"
+    modes: Callable[[torch.device], tuple[str, ...]]
+    auto: Callable[[torch.device], Auto]
 
 
 def interpreting() -> bool:
@@ -103,32 +103,73 @@ def _triton_blocked(device: torch.device) -> str | None:
     return None
 
 
+def _auto(quick: tuple[str, str], accurate: tuple[str, str]) -> Auto:
+    return {"auto": quick, "fast": quick, "balanced": quick, "accurate": accurate}
+
+
+INT8, FP16 = ("int8/int32", "per_thread"), ("fp16/fp32", "per_thread")
+
+# By compute capability of the kernels. Per thread always: a thread has its scales in registers, so finer costs nothing.
+# "accurate" is the mode of the least error, which is also the slowest. The others want speed, and int8/int32 nowhere has
+# a faster rival: fp8 has 1.5 times its error.
+CUDA_AUTO = {
+    # int8 has twice the rate of fp16/fp16+fp32 and up to four times that of fp16/fp32; there is no fp8
+    "7.5": _auto(INT8, FP16),
+    # int8 has twice the rate of every fp16 mode; there is no fp8
+    "8.0": _auto(INT8, FP16),
+    # as 7.5
+    "8.6": _auto(INT8, FP16),
+    # int8 has the rate of fp8/fp32+fp16 and twice that of fp8/fp32+fp32
+    "8.9": _auto(INT8, FP16),
+    # int8 is the only 8-bit mma.sync there: of fp8 it is fp16's with unpacking before it
+    "9.0": _auto(INT8, FP16),
+    # predicted as 9.0, not measured
+    "10.0": _auto(INT8, FP16),
+    # as 8.9
+    "12.0": _auto(INT8, FP16),
+}
+
 # On Triton fp16 PV is at once the fastest and the most accurate: 8-bit P has to be moved between registers before the
 # matrix unit can read it, which costs more than the faster matrix instruction gains (docs/triton.md has the numbers).
+# Per warp costs nothing over per block: a tile of keys has one scale, which the rows carry. Per thread is one more
+# multiplication for each score.
+TRITON_AUTO = _auto(("fp16/fp32", "per_warp"), FP16)
+
+# The emulation has no speed to trade, so every intent gets the most accurate mode.
+REFERENCE_AUTO = _auto(FP16, FP16)
+
 TABLE = (
-    Backend("cuda", (), _cuda_blocked, {}),
-    Backend(
-        "triton",
-        ("fp16/fp32", "int8/int32"),
-        _triton_blocked,
-        {
-            # per warp costs nothing over per block: a tile of keys has one scale, which the rows carry
-            "auto": ("fp16/fp32", "per_warp"),
-            "fast": ("fp16/fp32", "per_warp"),
-            "balanced": ("fp16/fp32", "per_warp"),
-            "accurate": ("fp16/fp32", "per_thread"),  # one more multiplication for each score
-        },
-    ),
-    # The emulation has no speed to trade, so every intent gets the most accurate mode.
-    Backend("reference", PV_MODES, lambda device: None, dict.fromkeys(INTENTS, ("fp16/fp32", "per_thread"))),
+    Backend("cuda", cuda.blocked, cuda.modes, lambda device: CUDA_AUTO[cuda.arch(device)]),
+    Backend("triton", _triton_blocked, lambda device: ("fp16/fp32", "int8/int32"), lambda device: TRITON_AUTO),
+    Backend("reference", lambda device: None, lambda device: PV_MODES, lambda device: REFERENCE_AUTO),
 )
+
+# Backends are asked in the table's order. Where mode and backend are left to us, these are asked first: compute capability
+# -> intent -> backend.
+FIRST = {
+    # H200, 1,40,32760,128: Triton's fp16/fp32 643 TFLOPS, and more accurate than int8/int32. The CUDA kernels are not
+    # measured there yet; they use mma.sync, which has not the whole matrix rate of a Hopper.
+    (9, 0): dict.fromkeys(INTENTS, "triton"),
+}
+
+
+def _in_order(request: Request) -> tuple[Backend, ...]:
+    config, device = request.config, request.device
+    if (config.backend, config.pv_accum) != ("auto", "auto") or device.type != "cuda":
+        return TABLE
+    first = FIRST.get(torch.cuda.get_device_capability(device), {}).get(config.intent)
+    return tuple(sorted(TABLE, key=lambda backend: backend.name != first))
+
+
+def default_device() -> torch.device:
+    """The current GPU if there is one, else the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def availability(device: torch.device | str | None = None) -> dict[str, str]:
-    """Backend name -> "yes", or the reason it cannot be used; for the current GPU if there is one, else the CPU."""
-    if device is None:
-        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    return {backend.name: backend.blocked(torch.device(device)) or "yes" for backend in TABLE}
+    """Backend name -> "yes", or the reason it cannot be used on `device`, or if that is None on default_device()."""
+    device = default_device() if device is None else torch.device(device)
+    return {backend.name: backend.blocked(device) or "yes" for backend in TABLE}
 
 
 @torch.compiler.assume_constant_result
@@ -141,10 +182,10 @@ def chosen(config: str, device: str) -> Choice:
 def choose(request: Request) -> Choice:
     """The first backend of the table that can serve the request, with the reasons why those before it cannot."""
     rejected: dict[str, str] = {}
-    for backend in TABLE:
+    for backend in _in_order(request):
         reason = _refusal(backend, request)
         if reason is None:
-            config, notes = _resolve(backend, request.config)
+            config, notes = _resolve(backend, request)
             return Choice(None, backend.name, config, notes, rejected)
         rejected[backend.name] = reason
     why = "; ".join(f"{name}: {reason}" for name, reason in rejected.items())
@@ -159,20 +200,21 @@ def _refusal(backend: Backend, request: Request) -> str | None:
         return reason
     if backend.name == "triton" and config.backend == "auto" and request.device.type == "cpu":
         return "its interpreter is for tests; ask for backend='triton' to get it"
-    if config.strict and config.pv_accum not in ("auto", *backend.modes):
-        return f"it has no {config.pv_accum}; it has {', '.join(backend.modes)}"
+    if config.strict and config.pv_accum not in ("auto", *(modes := backend.modes(request.device))):
+        return f"it has no {config.pv_accum} on this device; it has {', '.join(modes)}"
     if not config.strict and config.backend == "auto" and backend.name == "reference" and request.device.type != "cpu":
         return "the emulation is slower than unquantised attention on a GPU; ask for backend='reference' to get it"
     return None
 
 
-def _resolve(backend: Backend, config: AttentionConfig) -> tuple[AttentionConfig, tuple[str, ...]]:
+def _resolve(backend: Backend, request: Request) -> tuple[AttentionConfig, tuple[str, ...]]:
     """Every "auto" filled in and, where config is not strict, a mode the backend lacks replaced by one it has."""
-    auto_mode, auto_gran = backend.auto[config.intent]
+    config, modes = request.config, backend.modes(request.device)
+    auto_mode, auto_gran = backend.auto(request.device)[config.intent]
     notes = []
     mode = auto_mode if config.pv_accum == "auto" else config.pv_accum
-    if mode not in backend.modes:
-        wanted, mode = mode, nearest_mode(mode, backend.modes)
+    if mode not in modes:
+        wanted, mode = mode, nearest_mode(mode, modes)
         how = "at least as accurate" if PV[mode].error <= PV[wanted].error else "the most accurate it has"
         notes.append(f"pv_accum {wanted} is not available on {backend.name}; served by {mode}, which is {how}")
     quantised_v = PV[mode].p_dtype != "fp16" or mode == "fp16/fp16"  # where V's mean would cost accuracy

@@ -5,8 +5,10 @@ A config crosses as AttentionConfig.encode(); dispatch happens inside, so that n
 
 from __future__ import annotations
 
+import importlib
 import logging
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +16,13 @@ from torch import Tensor
 from . import reference
 from .config import AttentionConfig
 from .dispatch import Choice, Request, choose
+
+KERNELS = {"cuda": ".cuda", "triton": ".triton.launch"}  # what serves a call of each backend but the reference
+
+
+def kernels(backend: str) -> Any:
+    """The module of a backend, imported when it is first chosen: not every machine has Triton."""
+    return importlib.import_module(KERNELS[backend], __package__)
 
 
 @torch.library.custom_op("sage_kernels::attention", mutates_args=())
@@ -50,10 +59,9 @@ def run(
     if any(x.stride(-1) != 1 and x.shape[-1] > 1 for x in qkv):  # a compiler may have changed what was checked
         raise ValueError("q, k and v must have stride 1 along head_dim")
     choice = accept(Request(config, qkv[0].device))
-    if choice.backend == "triton":
-        from .triton import launch
-
-        return launch.attention(qkv, attn_mask, tensor_layout, is_causal, sm_scale, return_lse, choice.config)
+    if choice.backend in KERNELS:
+        serve = kernels(choice.backend).attention
+        return serve(qkv, attn_mask, tensor_layout, is_causal, sm_scale, return_lse, choice.config)
     q, k, v = (x if tensor_layout == "HND" else x.transpose(1, 2) for x in qkv)
     qkv.clear()
     out, lse = reference.attention(
@@ -78,10 +86,9 @@ def attention_varlen(
 ) -> Tensor:
     """Packed sequences: q [total_q, heads, d], k and v [total_k, kv_heads, d], int32 cu_seqlens of sequences + 1."""
     choice = accept(Request(AttentionConfig.decode(config), q.device))
-    if choice.backend == "triton":
-        from .triton import launch
-
-        return launch.attention_varlen(
+    if choice.backend in KERNELS:
+        serve = kernels(choice.backend).attention_varlen
+        return serve(
             q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, is_causal, sm_scale, choice.config
         )
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)

@@ -1,16 +1,20 @@
 """Dispatch: what is available, that explain tells the truth, and that no substitution and no "auto" costs accuracy."""
 
+import sys
+import weakref
 from dataclasses import fields, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from checks import qkv
 
 import sage_kernels
-from sage_kernels import PV_MODES, QK_GRANULARITIES, AttentionConfig, dispatch, ops, reference
+from sage_kernels import PV_MODES, QK_GRANULARITIES, AttentionConfig, cuda, dispatch, ops, reference
 from sage_kernels.config import INTENTS
 from sage_kernels.dispatch import Request, choose
 from sage_kernels.quantize import PV
+from sage_kernels.sources import source_hash
 
 NAMES = ("cuda", "triton", "reference")
 GPU = torch.device("cuda", 0)  # only named here, never used
@@ -20,22 +24,148 @@ def is_sentence(text):
     return len(text.split()) >= 4 and "None" not in text
 
 
+CAPABILITIES = [(7, 5), (8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0), (12, 1)]
+
+
+def fake_binary(**changes):
+    """What dispatch reads of `_C`."""
+    fields = {
+        "ARCHS": tuple(dispatch.CUDA_AUTO),
+        "SOURCE_HASH": source_hash(),
+        "CUDA_RUNTIME": 13000,
+        "driver_version": lambda: 13010,
+        "modes": lambda arch: tuple(m for m in PV_MODES if float(arch) >= 8.9 or not m.startswith("fp8")),
+    }
+    return SimpleNamespace(**{**fields, **changes})
+
+
+def forget():
+    for cached in (choose, cuda.binary, dispatch._triton_blocked):
+        cached.cache_clear()
+
+
 @pytest.fixture
-def gpu_machine(monkeypatch):
-    """Dispatch as on a machine whose GPU Triton supports."""
-    table = tuple(replace(row, blocked=lambda device: None) if row.name == "triton" else row for row in dispatch.TABLE)
-    monkeypatch.setattr(dispatch, "TABLE", table)
-    choose.cache_clear()
-    yield
-    choose.cache_clear()
+def machine(monkeypatch):
+    """machine(capability, binary, triton): dispatch as on such a GPU; binary None: not built, triton: its reason."""
+
+    def be(capability=(8, 6), binary=None, triton=None):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+        monkeypatch.setattr(torch.version, "hip", None)
+        monkeypatch.setitem(sys.modules, "sage_kernels._C", binary)  # None: importing it fails
+        table = tuple(
+            replace(row, blocked=lambda device: triton) if row.name == "triton" else row for row in dispatch.TABLE
+        )
+        monkeypatch.setattr(dispatch, "TABLE", table)
+        forget()
+
+    yield be
+    monkeypatch.undo()
+    forget()
+
+
+@pytest.fixture(params=["triton alone", *CAPABILITIES], ids=str)
+def gpu_machine(request, machine):
+    """Every kind of GPU with CUDA kernels, and one with Triton's alone. Gives the name of the backend that serves."""
+    if request.param == "triton alone":
+        machine()
+        return "triton"
+    machine(request.param, fake_binary(), "too old for this test" if request.param < (8, 0) else None)
+    return "cuda"
+
+
+def rows():
+    return [row for row in dispatch.TABLE if row.blocked(GPU) is None]
 
 
 def test_availability():
     given = sage_kernels.availability()
     assert tuple(given) == NAMES
     assert given["reference"] == "yes"
-    assert "install.py" in given["cuda"] and is_sentence(given["cuda"])
-    assert given["triton"] == "yes" or is_sentence(given["triton"])
+    for name in ("cuda", "triton"):
+        assert given[name] == "yes" or is_sentence(given[name])
+
+
+def reason(machine, *args, **options):
+    machine(*args, **options)
+    said = sage_kernels.availability(GPU)["cuda"]
+    assert is_sentence(said) and "\n" not in said
+    refused = choose(Request(AttentionConfig(backend="cuda"), GPU)).refusal
+    assert said in refused
+    return said
+
+
+def test_cuda_not_built(machine, monkeypatch, tmp_path):
+    monkeypatch.setattr(cuda, "PACKAGE", tmp_path)
+    said = reason(machine)
+    assert "not built" in said and "install.py" in said and sys.executable in said
+
+
+def test_cuda_for_another_python(machine, monkeypatch, tmp_path):
+    monkeypatch.setattr(cuda, "PACKAGE", tmp_path)
+    (tmp_path / "_C.cpython-39-x86_64-linux-gnu.so").touch()
+    said = reason(machine)
+    assert "another Python" in said and "_C.cpython-39" in said and "install.py" in said
+
+
+def test_cuda_that_cannot_be_loaded(machine, monkeypatch, tmp_path):
+    def broken(name, package):
+        raise ImportError("libstdc++.so.6: version `GLIBCXX_3.4.32' not found\n(required by _C)")
+
+    monkeypatch.setattr(cuda, "PACKAGE", tmp_path)
+    (tmp_path / "_C.so").touch()
+    monkeypatch.setattr(cuda, "importlib", SimpleNamespace(import_module=broken))
+    said = reason(machine)
+    assert "cannot be loaded" in said and "GLIBCXX_3.4.32" in said and "install.py" in said
+
+
+def test_cuda_of_other_sources_is_not_used(machine):
+    said = reason(machine, binary=fake_binary(SOURCE_HASH="0123456789abcdef"))
+    assert "other sources" in said and said.endswith("again")
+    assert choose(Request(AttentionConfig(), GPU)).backend == "triton"
+
+
+def test_cuda_without_sources_beside_it(machine, monkeypatch):
+    monkeypatch.setattr(cuda, "source_hash", lambda: None)
+    machine((8, 9), fake_binary(SOURCE_HASH="0123456789abcdef"))
+    assert sage_kernels.availability(GPU)["cuda"] == "yes"
+
+
+@pytest.mark.parametrize("driver, needed, fits", [(12080, 13000, False), (13000, 13020, True), (13010, 12080, True)])
+def test_cuda_and_the_driver(machine, driver, needed, fits):
+    binary = fake_binary(driver_version=lambda: driver, CUDA_RUNTIME=needed)
+    if fits:
+        machine((8, 9), binary)
+        assert sage_kernels.availability(GPU)["cuda"] == "yes"
+    else:
+        said = reason(machine, (8, 9), binary=binary)
+        assert "CUDA 12.8" in said and "13.0" in said and "update the driver" in said and "install.py" in said
+
+
+@pytest.mark.parametrize(
+    "capability, archs, runs",
+    [
+        ((8, 7), ("8.0", "8.6", "8.9", "9.0"), "8.6"),
+        ((8, 0), ("8.6", "9.0"), ""),
+        ((9, 0), ("8.0", "8.9", "10.0"), ""),
+        ((12, 1), ("10.0", "12.0"), "12.0"),
+        ((10, 3), ("9.0", "10.0", "12.0"), "10.0"),
+    ],
+)
+def test_cuda_and_the_gpu(machine, capability, archs, runs):
+    if runs:
+        machine(capability, fake_binary(ARCHS=archs))
+        assert sage_kernels.availability(GPU)["cuda"] == "yes"
+    else:
+        said = reason(machine, capability, binary=fake_binary(ARCHS=archs))
+        assert ", ".join(archs) in said and "%d.%d" % capability in said and "install.py" in said
+    assert cuda.arch(GPU) == runs
+
+
+def test_cuda_on_other_devices(machine, monkeypatch):
+    machine((8, 9), fake_binary())
+    assert "on cpu" in sage_kernels.availability("cpu")["cuda"]
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert "AMD" in cuda.blocked(GPU)
 
 
 def test_availability_of_a_device():
@@ -136,14 +266,11 @@ def test_every_cell_has_an_answer(backend, mode):
 def test_every_cell_has_an_answer_on_a_gpu(gpu_machine, mode):
     for row in dispatch.TABLE:
         choice = choose(Request(AttentionConfig(backend=row.name, pv_accum=mode), GPU))
-        if mode in row.modes:
+        blocked = row.blocked(GPU)
+        if blocked is None and mode in row.modes(GPU):
             assert choice.refusal is None and (choice.backend, choice.mode) == (row.name, mode)
         else:
-            assert (
-                choice.refusal
-                and is_sentence(choice.refusal)
-                and (mode in choice.refusal or "install.py" in choice.refusal)
-            )
+            assert is_sentence(choice.refusal) and (blocked or mode) in choice.refusal
 
 
 def test_modes_have_measured_errors():
@@ -160,33 +287,55 @@ def test_auto_is_never_worse_than_fp8_two_level(gpu_machine):
         for strict in (True, False):
             choice = choose(Request(AttentionConfig(strict=strict), device))
             assert choice.refusal is None and PV[choice.mode].error <= limit
-    for row in dispatch.TABLE:
-        if row.modes:
-            assert PV[row.auto["auto"][0]].error <= limit, row.name
-            assert set(row.auto) == set(INTENTS)
+    for row in rows():
+        assert PV[row.auto(GPU)["auto"][0]].error <= limit, row.name
+        assert set(row.auto(GPU)) == set(INTENTS)
 
 
 def test_intents_are_ordered(gpu_machine):
-    for row in dispatch.TABLE:
-        if row.modes:
-            errors = [PV[row.auto[intent][0]].error for intent in ("accurate", "balanced", "fast")]
-            assert errors == sorted(errors), row.name
+    for row in rows():
+        errors = [PV[row.auto(GPU)[intent][0]].error for intent in ("accurate", "balanced", "fast")]
+        assert errors == sorted(errors), row.name
+        assert {mode for mode, _ in row.auto(GPU).values()} <= set(row.modes(GPU))
 
 
 @pytest.mark.parametrize("mode", PV_MODES)
 def test_substitution_is_never_less_accurate(gpu_machine, mode):
     """strict=False on a GPU: the nearest mode at least as accurate, named in the notes; strict=True: exactly the mode."""
     loose = choose(Request(AttentionConfig(pv_accum=mode, strict=False), GPU))
-    assert loose.refusal is None and loose.backend == "triton"
+    assert loose.refusal is None and loose.backend == gpu_machine
     assert PV[loose.mode].error <= PV[mode].error
     if loose.mode == mode:
         assert loose.notes == ()
     else:
         assert any(mode in note and loose.mode in note and is_sentence(note) for note in loose.notes)
-        better = [other for other in dispatch.TABLE[1].modes if PV[other].error <= PV[mode].error]
+        better = [other for other in rows()[0].modes(GPU) if PV[other].error <= PV[mode].error]
         assert PV[loose.mode].error == max(PV[other].error for other in better), "the nearest"
     strict = choose(Request(AttentionConfig(pv_accum=mode), GPU))
     assert strict.refusal is None and strict.mode == mode and strict.notes == ()
+
+
+@pytest.mark.parametrize("mode", PV_MODES)
+def test_a_mode_asked_for_is_served_by_the_kernels_that_have_it(machine, mode):
+    """Whatever backend "auto" prefers on the GPU."""
+    machine((9, 0), fake_binary())
+    assert choose(Request(AttentionConfig(pv_accum=mode), GPU)).backend == "cuda"
+
+
+def test_the_order_of_backends(machine, monkeypatch):
+    monkeypatch.setattr(dispatch, "FIRST", {(9, 0): {"auto": "triton"}})
+    for capability, intent, first in [((9, 0), "auto", "triton"), ((9, 0), "fast", "cuda"), ((8, 9), "auto", "cuda")]:
+        machine(capability, fake_binary())
+        assert choose(Request(AttentionConfig(intent=intent), GPU)).backend == first
+        assert choose(Request(AttentionConfig(intent=intent, backend="cuda"), GPU)).backend == "cuda"
+        machine(capability, fake_binary(), triton="not here for this test")
+        choice = choose(Request(AttentionConfig(intent=intent), GPU))
+        assert choice.backend == "cuda" and ("triton" in choice.rejected) == (first == "triton")
+
+
+def test_the_order_names_what_there_is():
+    for capability, intents in dispatch.FIRST.items():
+        assert capability in CAPABILITIES and set(intents) <= set(INTENTS) and set(intents.values()) <= set(NAMES)
 
 
 def test_nearest_mode_prefers_accuracy(monkeypatch):
@@ -197,21 +346,13 @@ def test_nearest_mode_prefers_accuracy(monkeypatch):
     assert dispatch.nearest_mode("fp16/fp32", ("int8/int32", "fp8/fp32")) == "int8/int32", "the most accurate there is"
 
 
-def test_gpu_is_not_served_by_the_emulation_unasked(monkeypatch):
-    """The node's strict=False on a GPU without Triton: a refusal with reasons, not a crawl."""
-    table = tuple(
-        replace(row, blocked=lambda device: "not here for this test") if row.name == "triton" else row
-        for row in dispatch.TABLE
-    )
-    monkeypatch.setattr(dispatch, "TABLE", table)
-    choose.cache_clear()
-    try:
-        choice = choose(Request(AttentionConfig(strict=False), GPU))
-        assert "not here for this test" in choice.refusal and set(choice.rejected) == set(NAMES)
-        asked = choose(Request(AttentionConfig(strict=False, backend="reference"), GPU))
-        assert asked.refusal is None and asked.backend == "reference"
-    finally:
-        choose.cache_clear()
+def test_gpu_is_not_served_by_the_emulation_unasked(machine):
+    """The node's strict=False on a GPU without kernels: a refusal with reasons, not a crawl."""
+    machine(triton="not here for this test")
+    choice = choose(Request(AttentionConfig(strict=False), GPU))
+    assert "not here for this test" in choice.refusal and set(choice.rejected) == set(NAMES)
+    asked = choose(Request(AttentionConfig(strict=False, backend="reference"), GPU))
+    assert asked.refusal is None and asked.backend == "reference"
 
 
 def test_explain_is_cheap():
@@ -255,3 +396,107 @@ def test_a_triton_that_crashes_is_not_used(monkeypatch):
     finally:
         dispatch._triton_blocked.cache_clear()
     assert "Triton 3.2.0" in reason and "torch 2.7" in reason
+
+
+class Steps:
+    """`_C` that notes what it is asked to do, and which of the inputs are still there."""
+
+    ARCHS, PART_Q, PART_K, PART_V = ("8.6",), 1, 2, 4
+
+    def __init__(self):
+        self.log, self.inputs = [], []
+
+    def Call(self, **fields):
+        return SimpleNamespace(**fields, bytes=lambda: (256, 512, 768, 1024, 0))
+
+    def choose_splits(self, call, multiprocessors, arch):
+        return 3 if (multiprocessors, arch) == (84, "8.6") else 0
+
+    def _note(self, name, *args):
+        self.log.append((name, args[1:], sum(there() is not None for there in self.inputs)))
+
+    def __getattr__(self, name):
+        return lambda *args: self._note(name, *args)
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """cuda.py on CPU tensors, as on an RTX 3090."""
+    fake = Steps()
+    monkeypatch.setattr(cuda, "binary", lambda: fake)
+    monkeypatch.setattr(cuda, "_multiprocessors", lambda device: 84)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 6))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=77))
+    cuda._prepare.cache_clear()
+    yield fake
+    cuda._prepare.cache_clear()
+
+
+def call_cuda(steps, layout="HND", mask=None, return_lse=True, **shape):
+    config = choose(Request(AttentionConfig(backend="reference", pv_accum="int8/int32"), torch.device("cpu"))).config
+    inputs = qkv(**shape, layout=layout)
+    steps.inputs = [weakref.ref(x) for x in inputs]
+    views = [(x.data_ptr(), *x.stride()[:3]) for x in inputs]
+    return *cuda.attention(inputs, mask, layout, False, 0.5, return_lse, config), inputs, views
+
+
+def test_a_small_call_takes_four_steps(steps):
+    out, lse, left, (q, k, v) = call_cuda(steps, nq=9, nk=20, d=64, heads=4, kv_heads=2)
+    names = [name for name, _, _ in steps.log]
+    assert names == ["stats", "quantize", "exact", "attention"] and left == []
+    stats, q_at, k_at, v_at = steps.log[1][1][4:]
+    assert steps.log[0][1] == (k, v, stats)
+    assert steps.log[1][1] == (7, q, k, v, stats, q_at, k_at, v_at)
+    assert [q_at - stats, k_at - q_at, v_at - k_at] == [256, 512, 768], "one allocation"
+    to = (out.data_ptr(), *out.stride()[:3])
+    assert steps.log[2][1] == (q, k, v, None, stats, to, lse.data_ptr())
+    assert steps.log[3][1] == (stats, q_at, k_at, v_at, None, v_at + 1024, to, lse.data_ptr())
+    assert lse.shape == (1, 4, 9)
+
+
+def test_a_large_call_frees_each_input_early(steps, monkeypatch):
+    monkeypatch.setattr(cuda, "LARGE", 0)
+    *_, left, _ = call_cuda(steps)
+    assert [(name, args[0] if name == "quantize" else None, there) for name, args, there in steps.log] == [
+        ("stats", None, 3),
+        ("quantize", 1, 3),
+        ("exact", None, 3),
+        ("quantize", 2, 2),
+        ("quantize", 4, 1),
+        ("attention", None, 0),
+    ]
+    assert left == []
+
+
+def test_cuda_views_of_both_layouts(steps):
+    *_, ((address, b, n, h), _, _) = call_cuda(steps, layout="NHD", b=2, nq=9, heads=3, return_lse=False)
+    assert steps.log[1][1][1] == (address, b, h, n)
+
+
+def test_cuda_masks(steps):
+    *_, (q, _, _) = call_cuda(steps, mask=torch.ones(1, 20, dtype=torch.bool), nq=9, nk=20)
+    assert steps.log[2][1][3][0] == "bool" and steps.log[2][1][3][2:] == (0, 0, 0, 1)
+    assert cuda._mask(torch.zeros(2, 1, 9, 20))[2:] == (180, 0, 20, 1)
+    assert cuda._mask(torch.zeros(20, 9, dtype=torch.float16).t())[::2] == ("float16", 0, 1)
+    assert cuda._mask(torch.zeros(()))[2:] == (0, 0, 0, 0)
+    assert cuda._mask(torch.zeros(1, 1, 1, 1).expand(2, 3, 9, 20))[2:] == (0, 0, 0, 0)
+
+
+def test_a_repeated_shape_is_prepared_once(steps):
+    for _ in range(3):
+        call_cuda(steps, nq=9, nk=20, d=72)
+    assert cuda._prepare.cache_info().misses == 1
+    config = choose(Request(AttentionConfig(backend="reference"), torch.device("cpu"))).config
+    call = cuda._prepare(1, 4, 2, 9, 20, 72, torch.float16, False, 0.5, True, config, torch.device("cuda", 1), 77)
+    assert (call.dim, call.v_dim, call.dtype, call.device, call.stream, call.splits) == (128, 96, "float16", 1, 77, 3)
+    assert 2**call.p_max_log2 == pytest.approx(PV[call.mode].p_max) and call.v_max == PV[call.mode].v_max
+
+
+def test_cuda_packed_sequences(steps):
+    config = choose(Request(AttentionConfig(backend="reference"), torch.device("cpu"))).config
+    q, k, v = torch.randn(30, 4, 64), torch.randn(40, 2, 64), torch.randn(40, 2, 64)
+    ends = torch.tensor([0, 10, 30], dtype=torch.int32)
+    out = cuda.attention_varlen(q, k, v, ends, ends, 20, 20, False, 0.1, config)
+    assert out.shape == q.shape and not out.any()
+    assert steps.log[2][1][:2] == ((q.data_ptr(), 0, 64, 256), (k.data_ptr(), 0, 64, 128))
+    assert cuda._prepare.cache_info().misses == 0

@@ -1,0 +1,1 @@
+"""Makes `from csrc import build` mean this folder, whatever else is installed."""

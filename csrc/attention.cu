@@ -1,0 +1,117 @@
+// Host side of the attention step: which kernel, on which grid; and the kernel that combines split key ranges.
+#include <atomic>
+#include <stdexcept>
+#include <string>
+
+#include "attention_kernels.h"
+#include "check.h"
+#include "common/epilogue.cuh"
+#include "kernels.h"
+#include "tiles.h"
+
+namespace sage {
+namespace {
+
+constexpr int MAX_DEVICES = 64;
+
+// The kernel of a call. Instantiated one mode a file, in instantiations/.
+AttentionKernel find_kernel(const Call& c, bool masked) {
+    switch (c.mode) {
+        case Mode::fp16_fp32: return attention_kernel<Mode::fp16_fp32>(c.v_dim, masked);
+        case Mode::fp16_fp16_fp32: return attention_kernel<Mode::fp16_fp16_fp32>(c.v_dim, masked);
+        case Mode::fp16_fp16: return attention_kernel<Mode::fp16_fp16>(c.v_dim, masked);
+        case Mode::int8_int32: return attention_kernel<Mode::int8_int32>(c.v_dim, masked);
+        case Mode::fp8_fp32_fp32: return attention_kernel<Mode::fp8_fp32_fp32>(c.v_dim, masked);
+        case Mode::fp8_fp32_fp16: return attention_kernel<Mode::fp8_fp32_fp16>(c.v_dim, masked);
+        case Mode::fp8_fp32: return attention_kernel<Mode::fp8_fp32>(c.v_dim, masked);
+        default: throw std::invalid_argument("mode is not one of the PV modes");
+    }
+}
+
+// The architecture that the code running on `device` was compiled for, times ten; its kernels may use all the shared memory they
+// ask for from then on. Asked once for every kernel and device.
+int prepare(AttentionKernel kernel, const Call& c) {
+    static std::atomic<int> known[int(Mode::count)][4][2][MAX_DEVICES];
+    int device = 0;
+    check(cudaGetDevice(&device), "cudaGetDevice", c);
+    if (device >= MAX_DEVICES) throw std::invalid_argument("device is " + std::to_string(device) + "; at most 63 is supported");
+    std::atomic<int>& arch = known[int(c.mode)][c.v_dim == 64 ? 0 : c.v_dim == 96 ? 1 : c.v_dim == 128 ? 2 : 3][kernel.masked][device];
+    if (arch.load() == 0) {
+        cudaFuncAttributes attributes;
+        check(cudaFuncGetAttributes(&attributes, kernel.function), "attention_mma", c);
+        const Tile tile = tile_for(c.mode, c.dim, c.v_dim, attributes.ptxVersion);
+        check(cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                   tile.shared_bytes(c.mode, c.dim, c.v_dim, attributes.ptxVersion)), "attention_mma", c);
+        arch.store(attributes.ptxVersion);
+    }
+    return arch.load();
+}
+
+// One thread takes 8 channels of one query: the parts' sums, each brought to the largest maximum.
+__global__ void combine(const Call c, const QCodes q, const Stats stats, const Partials parts, const View out, float* lse) {
+    const int lanes = c.v_dim / 8;
+    const int64_t index = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+    const int channel = int(index % lanes) * 8;
+    const int query = int(index / lanes % c.nq);
+    const int64_t q_row = index / lanes / c.nq;
+    if (q_row >= c.q_rows()) return;
+    const int b = int(q_row / c.heads), head = int(q_row % c.heads);
+    const int64_t kv_row = int64_t(b) * c.kv_heads + head / c.group();
+    const Span tokens = span(c.cu_q, b, c.nq);
+    if (query >= tokens.n || stats.bad[kv_row]) return;
+
+    const int64_t first = q_row * c.q_padded() + query, step = c.q_rows() * c.q_padded();
+    float top = -INFINITY;
+    for (int s = 0; s < c.splits; ++s) top = fmaxf(top, parts.top[first + s * step]);
+    float total = 0.0f, x[8] = {};
+    for (int s = 0; s < c.splits; ++s) {
+        const int64_t row = first + s * step;
+        const float weight = parts.top[row] == -INFINITY ? 0.0f : ptx::exp2(parts.top[row] - top);
+        total = fmaf(parts.total[row], weight, total);
+        for (int i = 0; i < 8; ++i) x[i] = fmaf(parts.out[row * c.v_dim + channel + i], weight, x[i]);
+    }
+    const Finish finish = Finish::of(c, stats, kv_row, channel, span(c.cu_k, b, c.nk).n);
+    const float inverse = total == 0.0f ? 0.0f : 1.0f / total;
+    for (int i = 0; i < 8; ++i) x[i] = finish.apply(x[i], inverse, i);
+    store8(c, out.data, (c.cu_q ? 0 : b) * out.b + head * out.h + (tokens.first + query) * out.n + channel, channel, x);
+    if (c.return_lse && channel == 0)
+        lse[q_row * c.nq + query] = log_sum_exp(c, top, total, q.lse_shift ? q.lse_shift[first] : 0.0f);
+}
+
+// A grid's first axis holds up to 2^31 - 1 blocks.
+unsigned grid(int64_t blocks, const Call& c) {
+    if (blocks > 0x7FFFFFFF) throw std::invalid_argument("the call has too many blocks for one launch: " + describe(c));
+    return unsigned(blocks);
+}
+
+}  // namespace
+
+int key_tile(Mode mode, int dim, int v_dim, int arch) { return tile_for(mode, dim, v_dim, arch).keys; }
+
+int choose_splits(const Call& c, int multiprocessors, int arch) {
+    const Tile tile = tile_for(c.mode, c.dim, c.v_dim, arch);
+    const int64_t blocks = c.q_rows() * ((c.nq + tile.rows() - 1) / tile.rows());
+    const int64_t wanted = int64_t(multiprocessors) * tile.blocks / blocks;  // at least a whole share of the card each
+    const int64_t most = c.nk / (4 * tile.keys);                            // below four tiles a part costs more than it gains
+    const int64_t splits = wanted < most ? wanted : most;
+    return splits < 1 ? 1 : splits > 32 ? 32 : int(splits);
+}
+
+void launch_attention(const Call& c, const QCodes& q, const KCodes& k, const VCodes& v, const Stats& stats, const Mask& mask,
+                      const Partials& partials, View out, float* lse, cudaStream_t stream) {
+    const AttentionKernel kernel = find_kernel(c, mask.kind != MaskKind::none);
+    const int arch = prepare(kernel, c);
+    const Tile tile = tile_for(c.mode, c.dim, c.v_dim, arch);
+    const int64_t blocks = c.q_rows() * c.splits * ((c.nq + tile.rows() - 1) / tile.rows());
+    void* arguments[] = {const_cast<Call*>(&c), const_cast<QCodes*>(&q), const_cast<KCodes*>(&k), const_cast<VCodes*>(&v),
+                         const_cast<Stats*>(&stats), const_cast<Mask*>(&mask), const_cast<Partials*>(&partials), &out, &lse};
+    check(cudaLaunchKernel(kernel.function, dim3(grid(blocks, c)), dim3(tile.threads()), arguments,
+                           tile.shared_bytes(c.mode, c.dim, c.v_dim, arch), stream), "attention_mma", c);
+    if (c.splits > 1) {
+        const int64_t threads = c.q_rows() * c.nq * (c.v_dim / 8);
+        combine<<<grid((threads + 255) / 256, c), 256, 0, stream>>>(c, q, stats, partials, out, lse);
+        check_launch("combine", c);
+    }
+}
+
+}  // namespace sage

@@ -1,0 +1,339 @@
+"""Builds sage_kernels/_C from the sources of this folder: nvcc compiles, ninja runs it, pybind11 binds. Imports no torch.
+
+`build()` is the whole of it; every failure is a BuildError whose text is a sentence for the user.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+CSRC = Path(__file__).resolve().parent
+PACKAGE = CSRC.parent / "sage_kernels"
+BUILD_DIR = CSRC / "build"
+TOOLS = BUILD_DIR / "tools"  # where install.py puts what is missing, so that nobody's environment changes
+WINDOWS = sys.platform == "win32"
+
+# Architecture -> the oldest CUDA whose nvcc compiles the kernels for it. fp8 with fp16 accumulators came with 12.8.
+ARCHS = {
+    "7.5": (12, 0),
+    "8.0": (12, 0),
+    "8.6": (12, 0),
+    "8.9": (12, 8),
+    "9.0": (12, 8),
+    "10.0": (12, 8),
+    "12.0": (12, 8),
+}
+JOB_BYTES = 3 << 29  # what one compiler may take: 1.5 GiB
+
+sys.path.append(str(TOOLS))  # last, so that what is installed comes first
+source_hash = runpy.run_path(str(PACKAGE / "sources.py"))["source_hash"]
+
+
+class BuildError(Exception):
+    """Why there is no new binary; the old one, if any, is untouched."""
+
+
+class NothingToBuild(BuildError):
+    """This machine has nothing to build with, or no GPU to build for: no failure, other kernels serve it."""
+
+
+# ---- what is built for
+
+
+def gpu_archs() -> list[str]:
+    """Compute capability of each GPU, from the driver itself; [] where there is no driver or no GPU."""
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if WINDOWS else "libcuda.so.1")
+    except OSError:
+        return []
+    count, value = ctypes.c_int(), ctypes.c_int()
+    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
+        return []
+    found = []
+    for device in range(count.value):
+        numbers = []
+        for attribute in (75, 76):  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
+            driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, device)
+            numbers.append(value.value)
+        found.append("%d.%d" % tuple(numbers))
+    return found
+
+
+def choose_archs(asked: Sequence[str] | None) -> list[str]:
+    """What was asked for, or else what the GPUs here run: the same major version, at most their minor."""
+    if asked:
+        for arch in asked:
+            if arch not in ARCHS:
+                raise BuildError(f"{arch!r} is no architecture of these kernels; there are {', '.join(ARCHS)}")
+        return sorted(set(asked), key=_version)
+    gpus = gpu_archs()
+    if not gpus:
+        raise NothingToBuild("no NVIDIA GPU was found to build for: name architectures, for example --archs 8.9,12.0")
+    chosen = set()
+    for gpu in gpus:
+        major, minor = _version(gpu)
+        fits = [arch for arch in ARCHS if _version(arch)[0] == major and _version(arch)[1] <= minor]
+        if fits:
+            chosen.add(max(fits, key=_version))
+    if not chosen:
+        raise NothingToBuild(
+            f"these kernels need compute capability 7.5 or newer and the GPUs here have {', '.join(gpus)}"
+        )
+    return sorted(chosen, key=_version)
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split("."))
+
+
+# ---- what builds it
+
+
+@dataclass(frozen=True)
+class Toolchain:
+    nvcc: str
+    cuda: tuple[int, ...]
+    host: str
+    ninja: str
+    includes: tuple[str, ...]
+
+    @staticmethod
+    def find(nvcc: str | None = None) -> Toolchain:
+        nvcc = find_nvcc(nvcc)
+        return Toolchain(nvcc, cuda_version(nvcc), find_host_compiler(), find_ninja(), includes())
+
+
+def find_nvcc(given: str | None = None) -> str:
+    """The given one, else of CUDA_HOME (CUDA_PATH is its name on Windows), else of the PATH."""
+    if given:
+        candidates = [given]
+    else:
+        homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+        candidates = [os.path.join(home, "bin", "nvcc") for home in homes] + ["nvcc"]
+    for candidate in candidates:
+        if found := shutil.which(candidate):
+            return found
+    if given:
+        raise BuildError(f"nvcc is not at {given}: pass --nvcc the path of the program")
+    raise NothingToBuild("nvcc was not found: install the CUDA toolkit and set CUDA_HOME, or pass --nvcc")
+
+
+def cuda_version(nvcc: str) -> tuple[int, ...]:
+    try:
+        said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, timeout=60).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        raise BuildError(f"{nvcc} cannot be run ({error}): pass --nvcc another one") from error
+    release = re.search(r"release (\d+)\.(\d+)", said)
+    if release is None:
+        raise BuildError(f"{nvcc} --version names no CUDA release: pass --nvcc another one")
+    return int(release[1]), int(release[2])
+
+
+def check_cuda(nvcc: str, cuda: tuple[int, ...], archs: Sequence[str]) -> None:
+    for arch in archs:
+        if cuda < ARCHS[arch]:
+            raise BuildError(
+                f"{nvcc} is of CUDA {cuda[0]}.{cuda[1]} and compute capability {arch} needs {'%d.%d' % ARCHS[arch]} or newer: "
+                "install a newer CUDA toolkit, or leave that architecture out of --archs"
+            )
+
+
+def find_host_compiler() -> str:
+    wanted = os.environ.get("CXX") or ("cl" if WINDOWS else "g++")
+    if found := shutil.which(wanted):
+        return found
+    how = "open a Developer Command Prompt of Visual Studio" if WINDOWS else "install g++, or set CXX"
+    raise BuildError(f"nvcc needs a C++ compiler and {wanted} was not found: {how}")
+
+
+def missing_tools() -> list[str]:
+    """The packages that have to be installed before a build."""
+    have = {"ninja": _ninja(), "pybind11": importlib.util.find_spec("pybind11")}
+    return [package for package, found in have.items() if found is None]
+
+
+def _ninja() -> str | None:
+    """The binary of the package ninja, wherever that is installed; one on the PATH is as good."""
+    folders = [str(TOOLS / "bin")]  # where pip --target puts it, and ninja.BIN_DIR does not look
+    try:
+        import ninja
+
+        folders.append(ninja.BIN_DIR)
+    except ImportError:
+        pass
+    return shutil.which("ninja", path=os.pathsep.join(filter(None, folders))) or shutil.which("ninja")
+
+
+def find_ninja() -> str:
+    if found := _ninja():
+        return found
+    raise BuildError(f"ninja was not found: {sys.executable} -m pip install ninja")
+
+
+def includes() -> tuple[str, ...]:
+    """The folders of pybind11.h and Python.h."""
+    try:
+        import pybind11
+    except ImportError as error:
+        raise BuildError(f"pybind11 is not installed: {sys.executable} -m pip install pybind11") from error
+    python = sysconfig.get_path("include")
+    if not os.path.isfile(os.path.join(python, "Python.h")):
+        raise BuildError(f"Python.h is not in {python}: install the development files of this Python (python3-dev)")
+    return pybind11.get_include(), python
+
+
+def bounded_jobs(asked: int | None, cores: int, free_bytes: int | None) -> int:
+    """How many compilers to run at once: what was asked for, else one a core as far as memory goes."""
+    if asked is not None:
+        if asked < 1:
+            raise BuildError(f"--jobs is {asked}; it must be at least 1")
+        return asked
+    return max(1, cores if free_bytes is None else min(cores, free_bytes // JOB_BYTES))
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def free_memory() -> int | None:
+    """Bytes that can be had without swapping, from /proc/meminfo or psutil; None where neither is."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    try:
+        import psutil
+    except ImportError:
+        return None
+    return psutil.virtual_memory().available
+
+
+# ---- the build
+
+
+def binary_name() -> str:
+    return "_C" + sysconfig.get_config_var("EXT_SUFFIX")
+
+
+def sources(folder: Path) -> list[Path]:
+    return sorted([*folder.glob("*.cu"), *folder.glob("instantiations/*.cu"), *folder.glob("*.cpp")])
+
+
+def ninja_text(tools: Toolchain, archs: Sequence[str], folder: Path, build_dir: Path) -> str:
+    """build.ninja: an edge for each source, with the headers it reads from a depfile, and the link."""
+
+    def shell(*words: str) -> str:
+        quoted = subprocess.list2cmdline(words) if WINDOWS else shlex.join(words)
+        return quoted.replace("$", "$$")
+
+    def path(at: Path | str) -> str:  # as ninja reads it; relative ones are in build_dir
+        return re.sub(r"([$ :])", r"$\1", str(at))
+
+    codes = [arch.replace(".", "") for arch in archs]
+    gencodes = [f"-gencode=arch=compute_{code},code=sm_{code}" for code in codes]
+    host = ["/MD", "/EHsc", "/O2"] if WINDOWS else ["-fPIC", "-fvisibility=hidden"]
+    flags = ["-ccbin", tools.host, "-std=c++17", "-O3", *gencodes, *(f"-Xcompiler={flag}" for flag in host)]
+    include = [f"-I{at}" for at in (build_dir, folder, *tools.includes)]
+    libraries = [f"-L{os.path.join(sys.base_prefix, 'libs')}"] if WINDOWS else []
+    lines = [
+        "rule compile",
+        f"  command = {shell(tools.nvcc, *flags, *include)} -MD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "  description = $name",
+        "rule link",
+        f"  command = {shell(tools.nvcc, '-ccbin', tools.host, '-shared', '-cudart=static', *libraries)} $in -o $out",
+        "  description = link",
+    ]
+    objects = []
+    for source in sources(folder):
+        name = source.relative_to(folder).with_suffix("").as_posix()
+        objects.append(path(f"{name}.o"))
+        lines += [f"build {objects[-1]}: compile {path(source)}", f"  name = {name}"]
+    lines += [f"build {path(binary_name())}: link {' '.join(objects)}", ""]
+    return "\n".join(lines)
+
+
+def build_info(folder: Path, archs: Sequence[str]) -> str:
+    """What bindings.cpp includes; a header and not -D, because nvcc splits those at commas."""
+    return f'#define SAGE_ARCHS "{",".join(archs)}"\n#define SAGE_SOURCE_HASH "{source_hash(folder)}"\n'
+
+
+def build(
+    archs: Sequence[str] | None = None,
+    jobs: int | None = None,
+    nvcc: str | None = None,
+    build_dir: Path = BUILD_DIR,
+    folder: Path = CSRC,
+    package: Path = PACKAGE,
+    say: Callable[[str], None] = print,
+) -> Path:
+    """Compile `folder` into `package`/_C and return where that is. Only what changed is compiled again."""
+    tools = Toolchain.find(nvcc)
+    archs = choose_archs(archs)
+    check_cuda(tools.nvcc, tools.cuda, archs)
+    jobs = bounded_jobs(jobs, cores(), free_memory())
+    build_dir = Path(build_dir).resolve()
+    try:
+        build_dir.mkdir(parents=True, exist_ok=True)
+        _write(build_dir / "build_info.h", build_info(folder, archs))
+        _write(build_dir / "build.ninja", ninja_text(tools, archs, folder, build_dir))
+        say(f"CUDA {tools.cuda[0]}.{tools.cuda[1]}, compute capability {', '.join(archs)}, {jobs} at once")
+        _run_ninja(tools.ninja, build_dir, jobs, say)
+        return _put(build_dir / binary_name(), package / binary_name())
+    except OSError as error:
+        raise BuildError(f"a file of the build cannot be written: {error}") from error
+
+
+def _write(path: Path, text: str) -> None:
+    """Leaves a file alone that is so already, because its time tells ninja what to compile."""
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        path.write_text(text, encoding="utf-8")
+
+
+def _run_ninja(ninja: str, build_dir: Path, jobs: int, say: Callable[[str], None]) -> None:
+    log = build_dir / "build.log"
+    lines = []
+    with log.open("w", encoding="utf-8", errors="replace") as kept:
+        command = [ninja, "-C", str(build_dir), "-j", str(jobs)]
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace"
+        ) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                kept.write(line)
+                lines.append(line.strip())
+                if re.match(r"\[\d+/\d+\]", line):
+                    say(line.strip())
+    if process.returncode:
+        errors = [line for line in lines if re.search(r"\b(error|fatal)( \w+)?\s*:", line)]  # of nvcc, ptxas, gcc, cl
+        raise BuildError(f"the build failed: {(errors or lines or ['ninja said nothing'])[-1]} (all of it: {log})")
+
+
+def _put(built: Path, target: Path) -> Path:
+    """In one step, so that there is always a whole binary; Windows refuses while a process has the old one loaded."""
+    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    try:
+        shutil.copy2(built, temporary)
+        os.replace(temporary, target)
+    except PermissionError as error:
+        raise BuildError(
+            f"{target} cannot be written ({error.strerror}): close ComfyUI if it runs, and see that the folder is writable"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return target

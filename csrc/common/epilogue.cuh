@@ -1,0 +1,59 @@
+// From sums to what the caller gets: out = acc / total * v_scale + what V smoothing puts back.
+#pragma once
+
+#include "convert.cuh"
+
+namespace sage {
+
+// What a head's outputs need at the end, for 8 neighbouring channels.
+struct Finish {
+    float scale[8];
+    float put_back[8];
+
+    // channel: the first of the 8. n: keys of this sequence.
+    __device__ static Finish of(const Call& call, const Stats& stats, int64_t kv_row, int channel, int n) {
+        Finish f;
+        const int64_t at = kv_row * call.dim + channel;
+        const float unit = code_unit(call.mode) / n;
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            f.scale[i] = stats.v_scale[at + i];
+            f.put_back[i] = call.smooth_v ? stats.v_mean[at + i] - float(stats.v_sums[at + i]) * unit * f.scale[i] : 0.0f;
+        }
+        return f;
+    }
+
+    // acc * inverse is the mean of V's codes; inverse 0 stands for a query that saw no key, whose output is 0.
+    __device__ float apply(float acc, float inverse, int i) const {
+        return inverse == 0.0f ? 0.0f : fmaf(acc * inverse, scale[i], put_back[i]);
+    }
+};
+
+// 8 channels of one output row. Rows are ours, so 16-byte stores are aligned wherever head_dim is a multiple of 8.
+__device__ __forceinline__ void store8(const Call& call, void* data, int64_t at, int channel, const float (&x)[8]) {
+    if (call.head_dim % 8 == 0) {
+        if (channel >= call.head_dim) return;
+        if (call.dtype == DType::f32) {
+            float4* to = reinterpret_cast<float4*>(static_cast<float*>(data) + at);
+            to[0] = make_float4(x[0], x[1], x[2], x[3]);
+            to[1] = make_float4(x[4], x[5], x[6], x[7]);
+        } else {
+            uint32_t w[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+                w[i] = call.dtype == DType::f16 ? ptx::to_f16x2(x[2 * i], x[2 * i + 1]) : ptx::to_bf16x2(x[2 * i], x[2 * i + 1]);
+            *reinterpret_cast<uint4*>(static_cast<uint16_t*>(data) + at) = make_uint4(w[0], w[1], w[2], w[3]);
+        }
+    } else {
+#pragma unroll
+        for (int i = 0; i < 8; ++i)
+            if (channel + i < call.head_dim) store_float(data, at + i, x[i], call.dtype);
+    }
+}
+
+// Natural log of the sum over keys, from the largest score and the total, both in base 2.
+__device__ __forceinline__ float log_sum_exp(const Call& call, float top, float total, float shift) {
+    return total == 0.0f ? -INFINITY : (top + ptx::log2(total) - call.p_max_log2) * (1.0f / LOG2E) + shift;
+}
+
+}  // namespace sage

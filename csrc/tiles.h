@@ -1,0 +1,40 @@
+// How the work of attention_mma is cut, by mode, head_dim and architecture. docs/cuda.md lists what else was tried.
+#pragma once
+
+#include "params.h"
+
+namespace sage {
+
+// Bytes of shared memory that common/copies.cuh needs beside the tiles.
+SAGE_HD constexpr int copy_barriers(int arch) { return arch >= 90 ? 16 : 0; }
+
+struct Tile {
+    int m_tiles;  // of 16 queries, in a warp
+    int warps;
+    int keys;     // in a tile; a flush of the accumulator comes after each
+    int blocks;   // on a multiprocessor
+    int chains;   // columns of 8 that are multiplied at a time: independent chains of instructions
+    bool q_held;  // Q in registers, else in shared memory
+
+    SAGE_HD constexpr int rows() const { return 16 * m_tiles * warps; }
+    SAGE_HD constexpr int threads() const { return 32 * warps; }
+    // Two tiles of K and V, and Q where it lies there.
+    SAGE_HD constexpr int shared_bytes(Mode mode, int dim, int v_dim, int arch) const {
+        return 2 * keys * (dim + v_dim * v_bytes(mode)) + copy_barriers(arch) + (q_held ? 0 : rows() * dim);
+    }
+};
+
+// arch: compute capability times ten, of the code and not of the device. 8.6, 8.9 and 12.0 have 100 KB of shared memory on a
+// multiprocessor, 7.5 has 64.
+SAGE_HD constexpr Tile tile_for(Mode mode, int dim, int v_dim, int arch) {
+#ifdef SAGE_TUNE_TILE
+    return Tile{SAGE_TUNE_TILE};
+#endif
+    const bool large = arch == 80 || arch == 90 || arch == 100 || arch == 103;
+    const bool wide = mode == Mode::int8_int32 || mode == Mode::fp16_fp32;  // whose accumulators have room for 128 keys
+    if (dim == 256) return large ? Tile{1, 4, 64, 2, 4, true} : Tile{1, 8, 64, 1, 4, true};
+    if (large) return wide ? Tile{1, 4, 128, 2, 4, true} : Tile{1, 4, 64, 2, 4, true};
+    return wide && !(mode == Mode::fp16_fp32) ? Tile{1, 8, 128, 1, 4, true} : Tile{1, 8, 64, 1, 4, true};
+}
+
+}  // namespace sage

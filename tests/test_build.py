@@ -1,0 +1,418 @@
+"""csrc/build.py and install.py: what is compiled, for what, and the sentence for everything that can be missing.
+
+A small program stands in for nvcc, so these run anywhere and take no time.
+"""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import install
+from csrc import build
+from csrc.build import BuildError
+from sage_kernels import PV_MODES, dispatch, quantize
+from sage_kernels.sources import source_hash
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="nvcc's stand-in is a shell script")
+
+# Notes its arguments; a source that says "error" does not compile; an object and a binary are what went into them.
+NVCC = r"""
+import sys
+args = sys.argv[1:]
+if "--version" in args:
+    sys.exit(print("Cuda compilation tools, release RELEASE, V13.0.88"))
+out = args[args.index("-o") + 1]
+inputs = [a for a in args if a.endswith((".cu", ".cpp", ".o")) and a != out]
+text = "".join(open(path).read() for path in inputs)
+with open("arguments.txt", "a") as log:
+    print(*args, file=log)
+if "error" in text:
+    print("kernel.cu(3): error: identifier \"nothing\" is undefined\n1 error detected in the compilation of kernel.cu")
+    sys.exit(2)
+if "-MF" in args:
+    with open(args[args.index("-MF") + 1], "w") as dependencies:
+        names = [name.replace(" ", "\\ ") for name in (inputs[0], *HEADERS[: 1 + inputs[0].endswith("cpp")])]
+        print(out.replace(" ", "\\ ") + ":", *names, file=dependencies)
+with open(out, "w") as to:
+    to.write(text)
+"""
+
+
+@pytest.fixture
+def nvcc(tmp_path):
+    """nvcc(release): the path of a stand-in that says it is of this CUDA release."""
+
+    def make(release="13.0"):
+        folder = tmp_path / "cuda" / "bin"
+        folder.mkdir(parents=True, exist_ok=True)
+        text = NVCC.replace("RELEASE", release).replace(
+            "HEADERS", repr([str(tmp_path / "csrc" / "params.h"), "build_info.h"])
+        )
+        (folder / "nvcc.py").write_text(text)
+        (folder / "nvcc").write_text(f'#!/bin/sh\nexec "{sys.executable}" "{folder}/nvcc.py" "$@"\n')
+        (folder / "nvcc").chmod(0o755)
+        return str(folder / "nvcc")
+
+    return make
+
+
+@pytest.fixture
+def csrc(tmp_path):
+    folder = tmp_path / "csrc"
+    (folder / "instantiations").mkdir(parents=True)
+    for name in ("kernel.cu", "instantiations/one mode.cu", "bindings.cpp", "params.h"):
+        (folder / name).write_text(f"// {name}\n")
+    return folder
+
+
+@pytest.fixture
+def run(csrc, tmp_path, nvcc):
+    """run(**options) builds `csrc` with the stand-in into an empty package, and gives the lines it said."""
+    package = tmp_path / "package"
+    package.mkdir()
+
+    def go(**options):
+        said = []
+        if "nvcc" not in options:
+            options["nvcc"] = nvcc()
+        given = {"archs": ["8.9"], "build_dir": tmp_path / "a build, ünder", "jobs": 1, **options}
+        binary = build.build(**given, folder=csrc, package=package, say=said.append)
+        assert binary == package / ("_C" + sysconfig.get_config_var("EXT_SUFFIX"))
+        return said
+
+    go.binary = package / build.binary_name()
+    go.arguments = tmp_path / "a build, ünder" / "arguments.txt"
+    return go
+
+
+@pytest.fixture
+def bare(monkeypatch, tmp_path):
+    """A machine with nothing on its PATH."""
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+    for name in ("CUDA_HOME", "CUDA_PATH", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+
+
+# ---- the name of a state of the sources
+
+
+def test_source_hash_is_of_the_sources(csrc):
+    before = source_hash(csrc)
+    assert re.fullmatch("[0-9a-f]{16}", before)
+    for name in ("README.md", "build.py", "build/tools/pybind11/include/attr.h", "build/build_info.h"):
+        (csrc / name).parent.mkdir(parents=True, exist_ok=True)
+        (csrc / name).write_text("other")
+        assert source_hash(csrc) == before, name
+    (csrc / "kernel.cu").write_bytes(b"// kernel.cu\r\n")
+    assert source_hash(csrc) == before, "line ends are git's"
+    seen = {before}
+    for name in ("kernel.cu", "params.h", "bindings.cpp", "instantiations/one mode.cu", "common/new.cuh"):
+        (csrc / name).parent.mkdir(exist_ok=True)
+        (csrc / name).write_text("changed")
+        seen.add(source_hash(csrc))
+    (csrc / "kernel.cu").rename(csrc / "other.cu")
+    seen.add(source_hash(csrc))
+    assert len(seen) == 7
+
+
+def test_source_hash_without_sources(tmp_path):
+    assert source_hash(tmp_path) is None and source_hash(tmp_path / "nowhere") is None
+    assert source_hash() == build.source_hash() is not None
+
+
+# ---- what is built for
+
+
+@pytest.mark.parametrize(
+    "gpus, archs",
+    [(["8.9"], ["8.9"]), (["12.1", "8.7", "12.0"], ["8.6", "12.0"]), (["10.3"], ["10.0"]), (["6.1", "9.0"], ["9.0"])],
+)
+def test_archs_of_this_machine(monkeypatch, gpus, archs):
+    monkeypatch.setattr(build, "gpu_archs", lambda: gpus)
+    assert build.choose_archs(None) == archs
+
+
+def test_archs_that_cannot_be(monkeypatch):
+    for gpus, words in (([], "--archs"), (["6.1"], "7.5")):
+        monkeypatch.setattr(build, "gpu_archs", lambda gpus=gpus: gpus)
+        with pytest.raises(BuildError, match=re.escape(words)):
+            build.choose_archs(None)
+    for asked in ("9.1", "sm_90", "90", ""):
+        with pytest.raises(BuildError, match=re.escape(f"{asked!r} is no architecture")) as caught:
+            build.choose_archs(["8.9", asked])
+        assert "12.0" in str(caught.value)
+
+
+def test_archs_are_sorted_and_single():
+    assert build.choose_archs(["12.0", "8.9", "12.0"]) == ["8.9", "12.0"]
+
+
+def test_every_arch_that_can_be_built_has_its_modes_chosen():
+    assert list(build.ARCHS) == list(dispatch.CUDA_AUTO)
+
+
+def test_gpus_are_asked_of_the_driver():
+    assert all(re.fullmatch(r"\d+\.\d", arch) for arch in build.gpu_archs())
+
+
+@pytest.mark.parametrize(
+    "asked, cores, free, jobs",
+    [(None, 8, 64 << 30, 8), (None, 8, 4 << 30, 2), (None, 8, 1 << 20, 1), (None, 4, None, 4), (3, 1, 1 << 20, 3)],
+)
+def test_jobs_fit_into_memory(asked, cores, free, jobs):
+    assert build.bounded_jobs(asked, cores, free) == jobs
+
+
+def test_what_there_is_of_cores_and_memory():
+    assert build.cores() >= 1
+    assert build.free_memory() is None or build.free_memory() > 1 << 20
+    with pytest.raises(BuildError, match="--jobs is 0"):
+        build.bounded_jobs(0, 4, None)
+
+
+# ---- what is missing
+
+
+def test_no_nvcc(bare, tmp_path, nvcc, monkeypatch):
+    with pytest.raises(BuildError, match="nvcc was not found.*CUDA_HOME.*--nvcc"):
+        build.find_nvcc()
+    with pytest.raises(BuildError, match="nvcc is not at /nowhere/nvcc"):
+        build.find_nvcc("/nowhere/nvcc")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
+    with pytest.raises(BuildError, match="nvcc was not found"):
+        build.find_nvcc()
+    assert nvcc() == build.find_nvcc()
+
+
+def test_nvcc_of_cuda_home_comes_before_the_path(bare, tmp_path, nvcc, monkeypatch):
+    first = nvcc()
+    other = tmp_path / "other"
+    shutil.copytree(tmp_path / "cuda" / "bin", other)
+    monkeypatch.setenv("PATH", str(other))
+    assert build.find_nvcc() == str(other / "nvcc")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
+    assert build.find_nvcc() == first
+    assert build.find_nvcc(str(other / "nvcc")) == str(other / "nvcc")
+
+
+def test_nvcc_too_old_for_an_arch(run, nvcc):
+    with pytest.raises(BuildError, match=r"CUDA 12.4 and compute capability 12.0 needs 12.8 or newer"):
+        run(nvcc=nvcc("12.4"), archs=["8.6", "12.0"])
+    assert run(nvcc=nvcc("12.4"), archs=["8.6"])
+
+
+def test_nvcc_that_is_something_else(tmp_path):
+    with pytest.raises(BuildError, match="names no CUDA release"):
+        build.cuda_version(shutil.which("true"))
+    (tmp_path / "nvcc").write_bytes(b"\x7fELF")
+    (tmp_path / "nvcc").chmod(0o755)
+    with pytest.raises(BuildError, match="cannot be run"):
+        build.cuda_version(str(tmp_path / "nvcc"))
+
+
+def test_no_host_compiler(bare, monkeypatch):
+    with pytest.raises(BuildError, match=r"C\+\+ compiler and g\+\+ was not found: install g\+\+, or set CXX"):
+        build.find_host_compiler()
+    monkeypatch.setenv("CXX", "clang++-99")
+    with pytest.raises(BuildError, match=r"clang\+\+-99 was not found"):
+        build.find_host_compiler()
+
+
+def test_no_ninja_and_no_pybind11(bare, monkeypatch):
+    for name in ("ninja", "pybind11"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: None)
+    assert build.missing_tools() == ["ninja", "pybind11"]
+    with pytest.raises(BuildError, match="pip install ninja"):
+        build.find_ninja()
+    with pytest.raises(BuildError, match="pip install pybind11"):
+        build.includes()
+
+
+def test_no_python_headers(monkeypatch, tmp_path):
+    monkeypatch.setattr(build.sysconfig, "get_path", lambda name: str(tmp_path))
+    with pytest.raises(BuildError, match="Python.h is not in"):
+        build.includes()
+
+
+def test_nothing_is_missing_here():
+    assert build.missing_tools() == []
+    assert os.access(build.find_ninja(), os.X_OK)
+    assert Path(build.includes()[0], "pybind11", "pybind11.h").is_file()
+
+
+# ---- the build
+
+
+def test_one_gencode_for_each_arch(run):
+    run(archs=["9.0", "8.0", "12.0"])
+    *compiled, linked = run.arguments.read_text().splitlines()
+    assert len(compiled) == 3
+    for line in compiled:
+        assert re.findall(r"-gencode=\S+", line) == [
+            f"-gencode=arch=compute_{n},code=sm_{n}" for n in ("80", "90", "120")
+        ]
+        assert {"-std=c++17", "-O3", "-ccbin", "-Xcompiler=-fPIC"} <= set(line.split())
+        assert "fast_math" not in line
+    assert "-shared -cudart=static" in linked
+
+
+def test_the_binary_knows_what_it_is_built_from(run, csrc):
+    run(archs=["9.0", "8.0"])
+    header = run.arguments.with_name("build_info.h").read_text()
+    assert f'SAGE_SOURCE_HASH "{source_hash(csrc)}"' in header and 'SAGE_ARCHS "8.0,9.0"' in header
+
+
+def test_only_what_changed_is_compiled_again(run, csrc):
+    def compiled():
+        return sorted(line.split("] ")[1] for line in run() if "] " in line)
+
+    assert compiled() == ["bindings", "instantiations/one mode", "kernel", "link"]
+    assert compiled() == []
+    (csrc / "kernel.cu").write_text("// changed\n")
+    assert compiled() == ["bindings", "kernel", "link"], "bindings.cpp holds the hash"
+    (csrc / "params.h").write_text("// the depfiles name it\n")
+    assert len(compiled()) == 4
+    assert "// changed" in run.binary.read_text()
+
+
+def test_a_failed_build_leaves_the_old_binary(run, csrc):
+    said = run()
+    assert said[0] == "CUDA 13.0, compute capability 8.9, 1 at once" and said[-1].endswith("link")
+    before = run.binary.read_bytes()
+    (csrc / "kernel.cu").write_text("error\n")
+    with pytest.raises(BuildError) as caught:
+        run()
+    log = run.arguments.with_name("build.log")
+    assert 'kernel.cu(3): error: identifier "nothing" is undefined' in str(caught.value)
+    assert str(log) in str(caught.value) and "1 error detected in the compilation of kernel.cu" in log.read_text()
+    assert run.binary.read_bytes() == before and os.listdir(run.binary.parent) == [run.binary.name]
+    (csrc / "kernel.cu").write_text("// mended\n")
+    run()
+    assert "// mended" in run.binary.read_text()
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_cannot_be_written(run):
+    run.binary.parent.chmod(0o500)
+    try:
+        with pytest.raises(BuildError, match="cannot be written"):
+            run()
+    finally:
+        run.binary.parent.chmod(0o700)
+
+
+def test_a_build_folder_that_is_a_file(run, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(BuildError, match="cannot be written"):
+        run(build_dir=tmp_path / "file")
+
+
+# ---- install.py
+
+
+def test_install_without_nvcc(bare, capsys, monkeypatch):
+    monkeypatch.setattr(build, "gpu_archs", lambda: ["8.9"])
+    assert install.main([]) == 0
+    said = capsys.readouterr().out
+    assert "nvcc was not found" in said and "serves attention" in said and said.count("\n") == 1
+
+
+def test_install_without_gpu(capsys, monkeypatch):
+    monkeypatch.setattr(build, "gpu_archs", lambda: [])
+    assert install.main([]) == 0
+    said = capsys.readouterr().out
+    assert "no NVIDIA GPU was found" in said and "The reference backend serves attention" in said
+
+
+def test_install_says_what_triton_lacks(monkeypatch):
+    gpu = dispatch.torch.device("cuda", 0)
+    table = [
+        replace(row, blocked=lambda device: "not here") if row.name != "reference" else row for row in dispatch.TABLE
+    ]
+    monkeypatch.setattr(dispatch, "TABLE", table)
+    monkeypatch.setattr(dispatch, "default_device", lambda: gpu)
+    monkeypatch.setattr(dispatch.torch.cuda, "get_device_capability", lambda device: (7, 5))
+    dispatch.choose.cache_clear()
+    assert "ComfyUI's own attention stays in use" in install.served_without()
+    dispatch.choose.cache_clear()
+
+
+def test_install_builds(monkeypatch, capsys, tmp_path):
+    given = []
+    monkeypatch.setattr(build, "build", lambda *options: given.append(options) or "here")
+    monkeypatch.setattr(build, "find_nvcc", lambda given: given)
+    monkeypatch.setattr(build, "missing_tools", lambda: [])
+    options = ["--archs", "8.9, 9.0", "--jobs", "2", "--nvcc", "/x/nvcc", "--build-dir", str(tmp_path)]
+    assert install.main(options) == 0
+    assert given == [(["8.9", "9.0"], 2, "/x/nvcc", tmp_path)] and "Built here" in capsys.readouterr().out
+
+
+def test_install_that_fails(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(build, "missing_tools", lambda: [])
+    assert install.main(["--archs", "8.9", "--nvcc", str(tmp_path / "nvcc")]) == 1
+    assert f"nvcc is not at {tmp_path / 'nvcc'}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_install_puts_tools_into_its_own_folder(monkeypatch, tmp_path, works):
+    ran, tools = [], tmp_path / "tools"
+    monkeypatch.setattr(build, "TOOLS", tools)
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tools)])
+    assert importlib.util.find_spec("a_new_tool") is None
+
+    def pip(command, **options):
+        ran.append([str(word) for word in command])
+        (tools / "a_new_tool").mkdir(parents=True)
+        return subprocess.CompletedProcess(command, 0 if works else 1, stdout="one\nERROR: No matching distribution\n")
+
+    monkeypatch.setattr(install.subprocess, "run", pip)
+    monkeypatch.setattr(build, "missing_tools", lambda: ["ninja"])
+    if works:
+        install.install_tools()
+        assert importlib.util.find_spec("a_new_tool") is not None
+    else:
+        with pytest.raises(BuildError, match="pip could not install ninja: ERROR: No matching distribution"):
+            install.install_tools()
+    assert ran[0][:4] == [sys.executable, "-m", "pip", "install"] and ran[0][-1] == "ninja"
+    assert ran[0][ran[0].index("--target") + 1] == str(tools)
+
+
+def test_install_runs_as_a_script(tmp_path):
+    """As ComfyUI-Manager runs it, and isolated as Windows' portable Python is: nothing on the import path."""
+    environment = {"PATH": str(tmp_path), "HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-I", "install.py"], cwd=build.CSRC.parent, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "No CUDA kernels were built" in done.stdout, done.stderr
+    assert "serves attention" in done.stdout
+
+
+# ---- what the sources say twice
+
+
+def test_constants_are_those_of_quantize():
+    header = (build.CSRC / "params.h").read_text()
+    found = dict(re.findall(r"constexpr (?:float|uint32_t|int) (\w+) = ([^;]+);", header))
+    for name in ("LARGEST", "TINY", "LOG2E", "MASK_LIMIT"):
+        assert float(found[name].rstrip("f")) == getattr(quantize, name), name
+    assert int(found["HASH"].rstrip("u"), 16) == quantize.HASH
+    for granularity in quantize.GRANULARITIES.values():
+        assert granularity.k_block == int(found["PANEL"]) and int(found["BLOCK"]) % granularity.q_block == 0
+
+
+def test_modes_are_in_the_same_order():
+    header = re.search(r"enum class Mode[^{]*{([^}]*)}", (build.CSRC / "params.h").read_text())[1]
+    names = [name.strip() for name in header.split(",")]
+    assert names == [re.sub("[/+]", "_", mode) for mode in PV_MODES] + ["count"]
+    bindings = re.search(r"MODES\[\] = {([^}]*)}", (build.CSRC / "bindings.cpp").read_text())[1]
+    assert re.findall('"([^"]+)"', bindings) == list(PV_MODES)
