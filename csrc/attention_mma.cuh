@@ -45,7 +45,7 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct Attention {
         int head, first;        // first query of the block
         int row;                // first query of this thread's warp
         int tile_begin, tile_end;  // of the block
-        int whole_end, own_end;    // of this thread's warp: tiles before whole_end need no hiding, from own_end on all is hidden
+        int whole_end;             // tiles before it have no key that a row of this thread's warp may not see
         int split;
         Mask mask;
     };
@@ -88,10 +88,13 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct Attention {
             b[j] = ptx::load_shared16(k + n0 / 8 * (PANEL * DIM) + half * (PANEL * PANEL) + (n0 % 8 + j) * 512);
     }
 
-    __device__ static void multiply_qk(Scores& s, const QPart (&held)[TILE.q_held ? HALVES : 1], uint32_t q, uint32_t k) {
+    // first: load_k of step 0, which the caller asks for ahead of time.
+    __device__ static void multiply_qk(Scores& s, const QPart (&held)[TILE.q_held ? HALVES : 1], uint32_t q, uint32_t k,
+                                       const Operands& first) {
         const int32_t magic[4] = {MAGIC_BITS, MAGIC_BITS, MAGIC_BITS, MAGIC_BITS};
         Operands b[2];  // one in use, one on its way
-        load_k(b[0], k, 0);
+#pragma unroll
+        for (int j = 0; j < J; ++j) b[0][j] = first[j];
         QPart part;
 #pragma unroll
         for (int step = 0; step < QK_STEPS; ++step) {
@@ -239,8 +242,9 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct Attention {
         for (int j = 0; j < J; ++j) b[j] = ptx::load_shared16(v + row * (V_DIM * PANEL) + (j0 + j) * 512);
     }
 
-    // first: load_v of step 0, which the caller asks for before the softmax.
-    __device__ static void multiply_pv(Rows& rows, const Probabilities& p, const Turn (&turn)[M], uint32_t v, const Operands& first) {
+    // first: load_v of step 0; next: load_k of step 0 of the next tile.
+    __device__ static void multiply_pv(Rows& rows, const Probabilities& p, const Turn (&turn)[M], uint32_t v, const Operands& first,
+                                       Operands& next, uint32_t next_k) {
         if constexpr (Pv::IN_PLACE) {
 #pragma unroll
             for (int m = 0; m < M; ++m)
@@ -256,6 +260,7 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct Attention {
         for (int step = 0; step < PV_STEPS; ++step) {
             const int j0 = step / V_ROWS * J, row = step % V_ROWS;
             if (step + 1 < PV_STEPS) load_v(b[(step + 1) % 2], v, step + 1);
+            else load_k(next, next_k, 0);
             if (row == 0)
 #pragma unroll
                 for (int m = 0; m < M; ++m)
@@ -359,7 +364,6 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct Attention {
         at.tile_begin = min(tiles, at.split * share);
         at.tile_end = min(tiles, at.tile_begin + share);
         at.whole_end = (call.is_causal ? min(at.k.n, at.row + 1) : at.k.n) / KEYS;
-        at.own_end = call.is_causal ? (at.row + ROWS - 1) / KEYS + 1 : at.tile_end;
         if (MASKED) at.mask = mask_of_head(mask, b, at.head);
         return true;
     }
@@ -367,6 +371,7 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct Attention {
     // A scale of 0 belongs to codes that are all 0; what is hidden stays so with a tiny one instead (-inf * 0 is not -inf).
     __device__ static float not_zero(float scale) { return fmaxf(scale, 1e-30f); }
 
+    // One barrier a tile, between the maxima and the exponentials: the products of one tile run into the scores of the next.
     __device__ static void run(const Call& call, const QCodes& q, const KCodes& k, const VCodes& v, const Stats& stats,
                                const Mask& mask, const Partials& partials, const View& out, float* lse) {
         extern __shared__ __align__(128) char shared[];  // two tiles of K and V: one in use, one on its way; then Q
@@ -375,9 +380,11 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct Attention {
         const int64_t k_row = at.kv_row * call.k_padded();
         TileCopies copies(shared, k.codes + k_row * DIM + int64_t(at.tile_begin) * K_BYTES,
                           v.codes + k_row * (V_DIM * v_bytes(MODE)) + int64_t(at.tile_begin) * V_BYTES);
-        if (at.tile_begin < at.tile_end) copies.start_first();
-        uint32_t here = ptx::shared_address(shared) + lane() * 16, there = here + TileCopies::TILE_BYTES;  // this lane's operands
-        const uint32_t q_shared = here + TileCopies::SHARED_BYTES + threadIdx.x / 32 * (ROWS * DIM);
+        const int tiles = at.tile_end - at.tile_begin;
+        copies.start(tiles > 0, false);
+        copies.start(tiles > 1, tiles > 0);
+        uint32_t k_here = ptx::shared_address(shared) + lane() * 16, v_here = k_here + TileCopies::V_OFFSET;  // this lane's operands
+        const uint32_t q_shared = k_here + TileCopies::SHARED_BYTES + threadIdx.x / 32 * (ROWS * DIM);
         const int8_t* q_codes = q.codes + (at.q_row * call.q_padded() + at.row) * DIM;
 
         Rows rows;
@@ -414,30 +421,35 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct Attention {
                 if (more) next_k_scale[g] = k_scales[g * call.k_sub];
             k_scales += GROUPS * call.k_sub;
         };
-        load_k_scale(at.tile_begin < at.tile_end);
+        load_k_scale(tiles > 0);
+        copies.land();
+        __syncthreads();
+        Operands k_first, v_first;
+        load_k(k_first, k_here, 0);
+        int k_step = K_BYTES, v_step = V_BYTES;  // to the other tile and back
         for (int tile = at.tile_begin; tile < at.tile_end; ++tile) {
-            const bool more = tile + 1 < at.tile_end;
-            copies.next(more);
             float k_scale[GROUPS];
 #pragma unroll
             for (int g = 0; g < GROUPS; ++g) k_scale[g] = not_zero(next_k_scale[g]);
-            load_k_scale(more);
-            if (tile < at.own_end) {
-                Scores s;
-                multiply_qk(s, held, q_shared, here);
-                if (MASKED || tile >= at.whole_end) hide(s, at, rows, k_scale, tile * KEYS, call.is_causal);
-                Turn turn[M];
-                float base[M][2];
-                raise(turn, base, rows, s, k_scale);
-                Operands v_first;
-                load_v(v_first, here + K_BYTES, 0);
-                Probabilities p;
-                weigh(p, s, rows, turn, base, k_scale, call.p_max_log2);
-                multiply_pv(rows, p, turn, here + K_BYTES, v_first);
-            }
-            const uint32_t done = here;
-            here = there;
-            there = done;
+            load_k_scale(tile + 1 < at.tile_end);
+            Scores s;
+            multiply_qk(s, held, q_shared, k_here, k_first);
+            if (MASKED || tile >= at.whole_end) hide(s, at, rows, k_scale, tile * KEYS, call.is_causal);
+            Turn turn[M];
+            float base[M][2];
+            raise(turn, base, rows, s, k_scale);
+            // Here V of this tile and K of the next have landed, and all are done with K of this one and V of the one before.
+            copies.land();
+            __syncthreads();
+            copies.start(tile + 2 < at.tile_end, tile + 1 < at.tile_end);
+            load_v(v_first, v_here, 0);
+            Probabilities p;
+            weigh(p, s, rows, turn, base, k_scale, call.p_max_log2);
+            k_here += k_step;
+            multiply_pv(rows, p, turn, v_here, v_first, k_first, k_here);
+            v_here += v_step;
+            k_step = -k_step;
+            v_step = -v_step;
         }
         locate(call, stats, mask, at);  // once more, rather than to hold it in registers through the loop
         write(call, at, rows, stats, q, partials, out, lse);

@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 
 #include <climits>
+#include <algorithm>
 #include <cmath>
 #include <iterator>
 #include <sstream>
@@ -46,11 +47,18 @@ template <size_t N> int index_of(const char* what, const std::string& given, con
 
 // ---- architectures: compute capability times ten
 
-const std::vector<int>& compiled_archs() {
-    static const std::vector<int> all = [] {
-        std::vector<int> archs;
+struct Compiled {
+    int arch;
+    bool ptx;  // the driver of a newer GPU can compile it, too
+};
+
+// Of names such as 8.9 and 8.0+PTX.
+const std::vector<Compiled>& compiled() {
+    static const std::vector<Compiled> all = [] {
+        std::vector<Compiled> archs;
         std::istringstream list(SAGE_ARCHS);
-        for (std::string name; std::getline(list, name, ',');) archs.push_back(int(std::lround(std::stod(name) * 10)));
+        for (std::string name; std::getline(list, name, ',');)
+            archs.push_back({int(std::lround(std::stod(name) * 10)), name.find("+PTX") != std::string::npos});
         return archs;
     }();
     return all;
@@ -59,14 +67,24 @@ const std::vector<int>& compiled_archs() {
 std::string arch_name(int arch) { return std::to_string(arch / 10) + "." + std::to_string(arch % 10); }
 
 int arch_named(const std::string& name) {
-    for (int arch : compiled_archs())
-        if (arch_name(arch) == name) return arch;
+    for (const Compiled& c : compiled())
+        if (arch_name(c.arch) == name) return c.arch;
     fail("arch is '", name, "'; this binary has ", SAGE_ARCHS);
 }
 
-// Of the device's major version, at most its minor; the same rule as sage_kernels/cuda.py.
+// What a GPU of compute capability major.minor runs, 0 if nothing: its major version's with the largest minor up to its own, else
+// the newest that the driver can compile for it.
+int arch_for(int major, int minor) {
+    int own = 0, ptx = 0;
+    for (const Compiled& c : compiled()) {
+        if (c.arch / 10 == major && c.arch % 10 <= minor) own = std::max(own, c.arch);
+        if (c.ptx && c.arch <= major * 10 + minor) ptx = std::max(ptx, c.arch);
+    }
+    return own ? own : ptx;
+}
+
 int arch_of(int device, const Call& call) {
-    int count = 0, major = 0, minor = 0, best = 0;
+    int count = 0, major = 0, minor = 0;
     if (cudaGetDeviceCount(&count) != cudaSuccess) {
         cudaGetLastError();  // no driver or no GPU: none is counted
         count = 0;
@@ -74,11 +92,10 @@ int arch_of(int device, const Call& call) {
     if (device >= count) fail("device is ", device, "; CUDA devices here: ", count);
     check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute", call);
     check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "cudaDeviceGetAttribute", call);
-    for (int arch : compiled_archs())
-        if (arch / 10 == major && arch % 10 <= minor && arch > best) best = arch;
-    if (!best)
+    const int arch = arch_for(major, minor);
+    if (!arch)
         fail("device ", device, " has compute capability ", major, ".", minor, "; this binary has kernels for ", SAGE_ARCHS);
-    return best;
+    return arch;
 }
 
 // ---- a call
@@ -320,8 +337,12 @@ int key_tile_of(const std::string& mode, int head_dim, const std::string& arch) 
 PYBIND11_MODULE(_C, m) {
     using namespace sage;
     py::list archs;
-    for (int arch : compiled_archs()) archs.append(arch_name(arch));
+    for (const Compiled& c : compiled()) archs.append(arch_name(c.arch));
     m.attr("ARCHS") = py::tuple(archs);
+    m.def("arch_for", [](int major, int minor) {
+        const int arch = arch_for(major, minor);
+        return arch ? arch_name(arch) : std::string();
+    }, py::arg("major"), py::arg("minor"));
     m.attr("SOURCE_HASH") = SAGE_SOURCE_HASH;
     m.attr("CUDA_RUNTIME") = CUDART_VERSION;
     m.attr("LARGEST") = LARGEST;

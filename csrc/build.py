@@ -35,6 +35,7 @@ ARCHS = {
     "10.0": (12, 8),
     "12.0": (12, 8),
 }
+PTX = "+PTX"  # after an architecture: its PTX goes along, which the driver of any newer GPU can compile
 JOB_BYTES = 3 << 29  # what one compiler may take: 1.5 GiB
 
 sys.path.append(str(TOOLS))  # last, so that what is installed comes first
@@ -75,8 +76,11 @@ def choose_archs(asked: Sequence[str] | None) -> list[str]:
     """What was asked for, or else what the GPUs here run: the same major version, at most their minor."""
     if asked:
         for arch in asked:
-            if arch not in ARCHS:
-                raise BuildError(f"{arch!r} is no architecture of these kernels; there are {', '.join(ARCHS)}")
+            if arch.removesuffix(PTX) not in ARCHS:
+                raise BuildError(
+                    f"{arch!r} is no architecture of these kernels; there are {', '.join(ARCHS)}, each with {PTX} after it "
+                    "where newer GPUs are to compile it for themselves"
+                )
         return sorted(set(asked), key=_version)
     gpus = gpu_archs()
     if not gpus:
@@ -95,7 +99,7 @@ def choose_archs(asked: Sequence[str] | None) -> list[str]:
 
 
 def _version(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split("."))
+    return tuple(int(part) for part in text.removesuffix(PTX).split("."))
 
 
 # ---- what builds it
@@ -143,9 +147,10 @@ def cuda_version(nvcc: str) -> tuple[int, ...]:
 
 def check_cuda(nvcc: str, cuda: tuple[int, ...], archs: Sequence[str]) -> None:
     for arch in archs:
-        if cuda < ARCHS[arch]:
+        needs = ARCHS[arch.removesuffix(PTX)]
+        if cuda < needs:
             raise BuildError(
-                f"{nvcc} is of CUDA {cuda[0]}.{cuda[1]} and compute capability {arch} needs {'%d.%d' % ARCHS[arch]} or newer: "
+                f"{nvcc} is of CUDA {cuda[0]}.{cuda[1]} and compute capability {arch} needs {'%d.%d' % needs} or newer: "
                 "install a newer CUDA toolkit, or leave that architecture out of --archs"
             )
 
@@ -243,8 +248,12 @@ def ninja_text(tools: Toolchain, archs: Sequence[str], folder: Path, build_dir: 
     def path(at: Path | str) -> str:  # as ninja reads it; relative ones are in build_dir
         return re.sub(r"([$ :])", r"$\1", str(at))
 
-    codes = [arch.replace(".", "") for arch in archs]
-    gencodes = [f"-gencode=arch=compute_{code},code=sm_{code}" for code in codes]
+    gencodes = []
+    for arch in archs:
+        code = arch.removesuffix(PTX).replace(".", "")
+        gencodes.append(f"-gencode=arch=compute_{code},code=sm_{code}")
+        if arch.endswith(PTX):
+            gencodes.append(f"-gencode=arch=compute_{code},code=compute_{code}")
     host = ["/MD", "/EHsc", "/O2"] if WINDOWS else ["-fPIC", "-fvisibility=hidden"]
     flags = ["-ccbin", tools.host, "-std=c++17", "-O3", *gencodes, *(f"-Xcompiler={flag}" for flag in host)]
     include = [f"-I{at}" for at in (build_dir, folder, *tools.includes)]

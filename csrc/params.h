@@ -97,9 +97,9 @@ struct Call {
     SAGE_HD int k_padded() const { return (nk + BLOCK - 1) / BLOCK * BLOCK; }
     SAGE_HD int q_groups() const { return q_padded() / q_block * q_sub; }
     SAGE_HD int k_groups() const { return k_padded() / PANEL * k_sub; }
-    // Programs that share the statistics of one kv head; 1024 of them fill a GPU.
+    // Programs that share the statistics of one kv head; 512 of them all fill a GPU at once.
     SAGE_HD int chunks() const {
-        const int64_t want = (1024 + kv_rows() - 1) / kv_rows(), have = (nk + PANEL - 1) / PANEL;
+        const int64_t want = (512 + kv_rows() - 1) / kv_rows(), have = (nk + PANEL - 1) / PANEL;
         return int(want < have ? want : have);
     }
 };

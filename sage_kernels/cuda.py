@@ -74,10 +74,10 @@ def blocked(device: torch.device) -> str | None:
     return None
 
 
+@lru_cache(maxsize=32)
 def arch(device: torch.device) -> str:
-    """The compute capability of the kernels that `device` runs: of its major version, at most its minor; "" if none."""
-    major, minor = torch.cuda.get_device_capability(device)
-    return next((name for m in range(minor, -1, -1) if (name := f"{major}.{m}") in binary().ARCHS), "")
+    """The compute capability of the kernels that `device` runs, "" if none: of its major version, or compiled by the driver."""
+    return binary().arch_for(*torch.cuda.get_device_capability(device))
 
 
 def modes(device: torch.device) -> tuple[str, ...]:

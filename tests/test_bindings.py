@@ -35,6 +35,15 @@ def test_constants():
     assert len(_C.SOURCE_HASH) == 16 and _C.CUDA_RUNTIME >= 12000 and _C.driver_version() >= 0
 
 
+def test_what_a_gpu_runs():
+    """Of its major version, at most its minor; PTX, if there is any, serves what is newer."""
+    for arch in _C.ARCHS:
+        major, minor = map(int, arch.split("."))
+        assert _C.arch_for(major, minor) == arch
+        assert _C.arch_for(major, 9) in {other for other in _C.ARCHS if other.startswith(f"{major}.")}
+        assert _C.arch_for(major, minor) != "" and _C.arch_for(5, 0) == ""
+
+
 def test_modes():
     for arch in _C.ARCHS:
         modes = _C.modes(arch)

@@ -266,6 +266,13 @@ def test_one_gencode_for_each_arch(run):
     assert "-shared -cudart=static" in linked
 
 
+def test_ptx_goes_along_where_it_is_asked_for(run):
+    run(archs=["9.0", "8.0+PTX"])
+    for line in run.arguments.read_text().splitlines()[:-1]:
+        codes = re.findall(r",code=(\w+)", line)
+        assert codes == ["sm_80", "compute_80", "sm_90"]
+
+
 def test_the_binary_knows_what_it_is_built_from(run, csrc):
     run(archs=["9.0", "8.0"])
     header = run.arguments.with_name("build_info.h").read_text()
