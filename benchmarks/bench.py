@@ -1,13 +1,17 @@
 """Attention on this machine: every implementation is verified against float64 first, then timed beside its peers.
 
-    python benchmarks/bench.py                      # all shapes, about three minutes on an H200
+    python benchmarks/bench.py                      # all shapes, about five minutes on an H200
     python benchmarks/bench.py --quick              # two shapes
-    python benchmarks/bench.py --shapes 1,24,4608,4608,128 --modes int8 --out one.json
+    python benchmarks/bench.py --shapes 1,24,4608,4608,128 --backend cuda --modes int8 --out one.json
     python benchmarks/bench.py --accuracy-only
 
 ms is a whole call as a user makes it, quantisation included, on inputs that are not in the L2 cache. tflops counts
 4 B H Nq Nk D operations, half of that if causal. rel_l2 is the relative L2 of the output against float64 after removing the
 reference's mean over queries, on some of the queries for timed shapes and all of them for accuracy rows (ms null).
+
+Rows with "step": "quantisation" time what a CUDA call does before attention, alone: moved is the bytes that it must read and
+write, of_copy those bytes a second over what a large torch copy_ reads and writes in this run, of_call its share of the whole
+call. Short times are those of CUDA graphs.
 """
 
 from __future__ import annotations
@@ -29,7 +33,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import torch  # noqa: E402
 from inputs import DISTRIBUTIONS, centred_error, exact, make, some_rows  # noqa: E402
-from providers import all_ours, peers, title  # noqa: E402
+from providers import OURS, Quantisation, all_ours, peers, title  # noqa: E402
 
 SHAPES = {  # (B, H, Nq, Nk, D), causal
     "4k": ((4, 32, 4096, 4096, 128), False),
@@ -48,6 +52,7 @@ QUICK = ("16k", "Wan 14B 480p")
 ACCURACY = (1, 8, 16384, 16384, 128)
 REFUSED = 0.2  # an implementation with a larger error on gauss is wrong, and a wrong result is not timed
 ROWS = 128  # queries of each head that a timed shape is verified on
+SHORT_MS = 2  # calls shorter than this are also timed from a CUDA graph
 ROUNDS, ROUND_SECONDS = 3, 0.1  # implementations take turns, so that a change of clocks meets them all
 CACHE_BYTES = 256 << 20  # inputs are rotated through at least this much memory
 
@@ -60,14 +65,18 @@ def main() -> int:
     result = machine(args.device)
     print(f"{result['machine']}, driver {result['driver']}, torch {result['torch']}, commit {result['commit']}")
     rows = []
-    others = [] if args.no_peers else peers()
     with torch.inference_mode():
+        contenders = ([] if args.no_peers else peers()) + all_ours(args.modes, args.backend, timed=True)
+        if args.device == "cuda":
+            result["copy_gb_s"] = copy_bandwidth()
+            print(f"a large copy moves {result['copy_gb_s']} GB/s")
         if not args.accuracy_only:
-            contenders = others + all_ours(args.modes, timed=True)
             for name, (shape, causal) in args.shapes.items():
-                rows += bench_shape(name, shape, causal, contenders, args.device)
+                few = name in SHAPES and name not in QUICK and not args.modes
+                some = [provider for provider in contenders if provider.everywhere or not few]
+                rows += bench_shape(name, shape, causal, some, args.device, result.get("copy_gb_s"))
                 save(result, rows, args.out)
-        contenders = others + all_ours(args.modes, timed=True) + all_ours(args.modes, timed=False)
+        contenders += all_ours(args.modes, args.backend, timed=False)
         accuracy = ACCURACY if args.device == "cuda" else (1, 2, 512, 512, 64)
         rows += accuracy_rows(accuracy, contenders, args.device) if args.accuracy or args.accuracy_only else []
     path = save(result, rows, args.out)
@@ -76,7 +85,7 @@ def main() -> int:
     wrong = [row for row in rows if row.get("error")]
     for row in wrong:
         print(f"FAILED: {title(row)} at {row['shape']}: {row['error']}")
-    return 1 if any(row["backend"] in ("triton", "cuda", "reference") for row in wrong) else 0
+    return 1 if any(row["backend"] in OURS for row in wrong) else 0
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -85,6 +94,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--shapes", default="", help=f"names ({', '.join(SHAPES)}) or B,H,Nq,Nk,D[,causal]; separated by ;"
     )
     parser.add_argument("--modes", default="", help="comma list; only our modes whose name contains one of them")
+    parser.add_argument("--backend", default="", help=f"comma list of {', '.join(OURS)}; only these of ours")
     parser.add_argument("--out", default="", help="result file or folder; benchmarks/results/ if not given")
     parser.add_argument("--quick", action="store_true", help="two shapes, and no accuracy rows")
     parser.add_argument("--accuracy-only", action="store_true", help="no timing")
@@ -95,6 +105,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.accuracy = not args.quick
     args.modes = [mode for mode in args.modes.split(",") if mode]
+    args.backend = [name for name in args.backend.split(",") if name]
+    if unknown := [name for name in args.backend if name not in OURS]:
+        parser.error(f"--backend: {unknown[0]!r} is none of {', '.join(OURS)}")
     wanted = [item.strip() for item in args.shapes.split(";") if item.strip()] or list(QUICK if args.quick else SHAPES)
     if args.device == "cpu" and not args.shapes:
         wanted = ["1,2,300,300,64", "1,2,300,300,64,causal", "1,2,300,77,40"]
@@ -158,8 +171,8 @@ def save(result: dict, rows: list[dict], out: str) -> Path:
     return path
 
 
-def bench_shape(name, shape, causal, contenders, device) -> list[dict]:
-    """Verify every contender on one shape, then time those that passed."""
+def bench_shape(name, shape, causal, contenders, device, copy_gb_s=None) -> list[dict]:
+    """Verify every contender on one shape, then time those that passed, and the quantisation of the CUDA kernels alone."""
     b, heads, nq, nk, d = shape
     q, k, v = make("gauss", *shape, device=device)
     rows = some_rows(nq, ROWS, device)
@@ -196,10 +209,15 @@ def bench_shape(name, shape, causal, contenders, device) -> list[dict]:
         line["ms"] = round(ms, 4)
         line["tflops"] = round(operations / ms / 1e9, 1 if device == "cuda" else 6)
         line["spread"] = round((max(samples[i]) - min(samples[i])) / ms, 3)
-        if ms < 2 and device == "cuda":
-            line["graph_ms"] = graph_ms(provider, (q, k, v), causal)
+        if ms < SHORT_MS and device == "cuda":
+            prepared = [provider.prepare(*x) for x in sets]
+            line["graph_ms"] = graph_ms(provider.name, lambda n, p=provider, x=prepared: p.run(*x[n % len(x)], causal))
+            del prepared
+    call = next((line for provider, line in passed if quantises(line)), None)
+    if call and not causal:  # quantisation does not depend on it
+        lines.append(quantisation_row(call, sets, copy_gb_s))
     print(f"{name} {shape}{' causal' if causal else ''}: " + ", ".join(
-        f"{title(line)} {line['tflops'] or line.get('error')}" for line in lines), flush=True)  # fmt: skip
+        f"{title(line)} {line['tflops'] or line.get('of_call') or line.get('error')}" for line in lines), flush=True)  # fmt: skip
     return lines
 
 
@@ -235,16 +253,15 @@ def time_round(call, device) -> float:
     return statistics.median(start.elapsed_time(stop) for start, stop in events)
 
 
-def graph_ms(provider, tensors, causal) -> float | None:
-    """The same call replayed from a CUDA graph, 10 calls in it: the time without Python's launches. None if it has none."""
-    prepared = provider.prepare(*tensors)
+def graph_ms(name, call) -> float | None:
+    """call(0), call(1), ... replayed from a CUDA graph of 10: the time without Python's launches. None if it has none."""
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph):
-            for _ in range(10):
-                provider.run(*prepared, causal)
+            for n in range(10):
+                call(n)
     except RuntimeError as error:
-        print(f"no graph of {provider.name}: {str(error).splitlines()[0]}")
+        print(f"no graph of {name}: {str(error).splitlines()[0]}")
         return None
     times = []
     for _ in range(5):
@@ -255,6 +272,41 @@ def graph_ms(provider, tensors, causal) -> float | None:
         torch.cuda.synchronize()
         times.append(start.elapsed_time(stop) / 10)
     return round(statistics.median(times), 4)
+
+
+def copy_bandwidth() -> float:
+    """GB/s that a large copy on the GPU reads and writes."""
+    size = min(2 << 30, torch.cuda.mem_get_info()[0] // 4)
+    source, to = torch.zeros(2, size, dtype=torch.uint8, device="cuda")
+    ms = min(time_round(lambda n: to.copy_(source), "cuda") for _ in range(ROUNDS))
+    return round(2 * size / ms / 1e6, 1)
+
+
+def quantises(row: dict) -> bool:
+    """Whether this is a call whose first steps Quantisation is."""
+    return (row["backend"], row["mode"], row.get("qk_quant_gran")) == ("cuda", Quantisation.mode, "per_thread")
+
+
+def quantisation_row(call: dict, sets, copy_gb_s) -> dict:
+    """`call`: the row of the whole call, timed already."""
+    steps = Quantisation(*sets[0])
+    line = {
+        key: call[key] for key in ("shape", "causal", "dtype", "backend", "mode", "inputs", "qk_quant_gran", "name")
+    }
+    line |= {"step": "quantisation", "tflops": None, "rel_l2": None, "moved": steps.moved}
+
+    def one(n):
+        steps.run(*sets[n % len(sets)])
+
+    samples = [time_round(one, "cuda") for _ in range(ROUNDS)]
+    ms = statistics.median(samples)
+    line |= {"ms": round(ms, 4), "spread": round((max(samples) - min(samples)) / ms, 3)}
+    if ms < SHORT_MS and (in_graph := graph_ms("quantisation", one)):
+        line["graph_ms"] = ms = in_graph
+    whole = call.get("graph_ms") or call["ms"]
+    line["gb_s"] = round(steps.moved / ms / 1e6, 1)
+    line["of_copy"], line["of_call"] = round(line["gb_s"] / copy_gb_s, 3), round(ms / whole, 3)
+    return line
 
 
 def accuracy_rows(shape, contenders, device) -> list[dict]:
@@ -282,7 +334,7 @@ def print_tables(rows: list[dict]) -> None:
         f"\n{'shape':34}{'backend and mode':44}{'ms':>10}{'graph ms':>10}{'TFLOPS':>9}{'/cuDNN':>8}{'spread':>8}{'rel_l2':>9}"
     )
     for row in rows:
-        if row["name"] == "accuracy":
+        if row["name"] == "accuracy" or row.get("step"):
             continue
         cudnn = [
             r["ms"] for r in rows if (r["name"], r["causal"]) == (row["name"], row["causal"]) and "cudnn" in r["mode"]
@@ -292,6 +344,22 @@ def print_tables(rows: list[dict]) -> None:
         cells = [row["ms"], row.get("graph_ms"), row["tflops"], ratio, row.get("spread"), row["rel_l2"]]
         text = "".join(f"{'-' if c is None else c:>{w}}" for c, w in zip(cells, (10, 10, 9, 8, 8, 9), strict=True))
         print(f"{label[:33]:34}{title(row)[:43]:44}{text}")
+    for note in dict.fromkeys(f"{row['backend']} {row['mode']}: {row['note']}" for row in rows if row.get("note")):
+        print(note)
+    steps = [row for row in rows if row.get("step")]
+    if steps:
+        print(f"\n{'quantisation alone':34}{'ms':>10}{'graph ms':>10}{'GB':>8}{'GB/s':>8}{'of copy':>9}{'of call':>9}")
+    for row in steps:
+        cells = [
+            row["ms"],
+            row.get("graph_ms") or "-",
+            round(row["moved"] / 1e9, 3),
+            row["gb_s"],
+            row["of_copy"],
+            row["of_call"],
+        ]
+        text = "".join(f"{cell:>{width}}" for cell, width in zip(cells, (10, 10, 8, 8, 9, 9), strict=True))
+        print(f"{row['name'][:33]:34}{text}")
     table: dict[str, dict[str, float]] = {}
     for row in rows:
         if row["name"] == "accuracy":

@@ -10,7 +10,12 @@ from findings import FINDINGS
 
 import sage_kernels
 import sage_kernels.reference
-from sage_kernels import AttentionConfig
+from sage_kernels import AttentionConfig, cuda
+from sage_kernels.dispatch import INTENTS, TABLE, default_device
+
+OURS = ("cuda", "triton", "reference")
+# Modes of the CUDA kernels that are timed on every shape; the others, which nothing picks by itself, on few.
+EVERYWHERE = ("int8/int32", "fp16/fp32", "fp16/fp16+fp32")
 
 
 @dataclass(frozen=True)
@@ -20,6 +25,7 @@ class Provider:
     prepare turns q, k, v [b, h, n, d] into what the peer is used to, outside the timing (its own layout; a copy where it
     writes its inputs); run takes that and causal and returns the result; finish makes it HND again, outside the timing.
     timed: False for emulations, which only have an accuracy.
+    everywhere: whether it is timed on every shape, or only on those of --quick.
     details: more keys of its rows.
     """
 
@@ -30,6 +36,7 @@ class Provider:
     prepare: Callable = lambda q, k, v: (q, k, v)
     finish: Callable = lambda out: out
     timed: bool = True
+    everywhere: bool = True
     details: dict = field(default_factory=dict)
 
     @property
@@ -54,32 +61,84 @@ def ours(config: AttentionConfig, timed: bool = True) -> Provider | None:
     got = choice.config
     parts = [name for name in ("smooth_k", "smooth_v", "rotate") if getattr(got, name)]
     details = {"qk_quant_gran": got.qk_quant_gran, "with": "+".join(parts)}
+    if choice.backend == "cuda" and choice.mode.startswith("fp8") and cuda.arch(device) == "9.0":
+        details["note"] = "mma.sync has no fp8 on Hopper: the compiler makes it of fp16 instructions, which is slow"
 
     def run(q, k, v, causal):
         return sage_kernels.attention(q, k, v, is_causal=causal, config=config)
 
-    return Provider(choice.backend, choice.mode, run, timed=timed, details=details)
+    everywhere = choice.backend != "cuda" or choice.mode in EVERYWHERE
+    return Provider(choice.backend, choice.mode, run, timed=timed, everywhere=everywhere, details=details)
 
 
-def all_ours(modes: list[str], timed: bool) -> list[Provider]:
-    """timed: what people can choose on this machine. Otherwise every mode, as the emulation has it."""
+def all_ours(modes: list[str], backends: list[str], timed: bool) -> list[Provider]:
+    """timed: every kernel that this machine has, with what "auto" picks marked. Otherwise every mode, as the emulation has it.
+
+    modes, backends: only those whose name contains one of `modes`, of one of `backends`; all where empty.
+    """
+    device = default_device()
     if not timed:
         found = [
             ours(AttentionConfig(backend="reference", pv_accum=mode), timed=False) for mode in sage_kernels.PV_MODES
         ]
         found += [finding(name, *what) for name, what in FINDINGS.items()]
+    elif device.type == "cpu":
+        found = [ours(AttentionConfig(backend="reference", pv_accum="int8/int32"))]
     else:
-        backend = "auto" if torch.cuda.is_available() else "reference"
-        found = [ours(AttentionConfig(backend=backend, pv_accum="int8/int32"))]
-        by_config: dict[tuple, list[str]] = {}  # intents that come to the same kernel are measured once
-        for intent in ("auto", "fast", "balanced", "accurate"):
-            provider = ours(AttentionConfig(intent=intent, backend=backend))
+        found = []
+        for backend in TABLE:
+            if reason := backend.blocked(device):
+                print(f"left out: {backend.name}: {reason}")
+            elif backend.name != "reference":
+                found += [ours(AttentionConfig(backend=backend.name, pv_accum=mode)) for mode in backend.modes(device)]
+    if timed:  # what an intent comes to is measured once, whoever has it already
+        by_kernel = {(p.backend, p.mode, p.details["qk_quant_gran"]): p for p in found if p}
+        for intent in INTENTS:
+            provider = ours(AttentionConfig(intent=intent, backend="reference" if device.type == "cpu" else "auto"))
             if provider:
-                same = by_config.setdefault((provider.backend, provider.mode, provider.details["qk_quant_gran"]), [])
-                same.append(intent)
-                provider.details["intents"] = same
-                found += [provider] if len(same) == 1 else []
-    return [p for p in found if p and (not modes or any(mode in p.name for mode in modes))]
+                key = (provider.backend, provider.mode, provider.details["qk_quant_gran"])
+                by_kernel.setdefault(key, provider).details.setdefault("intents", []).append(intent)
+        found = list(by_kernel.values())
+    return [
+        p for p in found
+        if p and (not modes or any(mode in p.name for mode in modes)) and (not backends or p.backend in backends)
+    ]  # fmt: skip
+
+
+class Quantisation:
+    """The steps of a CUDA call that come before attention: statistics, then the codes of q, k and v, as the call makes them.
+
+    moved: bytes that must be read and written: q once, k and v twice (their means and scales come first), codes and scales
+    once.
+    """
+
+    mode = "int8/int32"
+
+    def __init__(self, q, k, v):
+        config = AttentionConfig(backend="cuda", pv_accum=self.mode)
+        choice = sage_kernels.explain(q, k, v, config=config)
+        if choice.refusal:
+            raise RuntimeError(choice.refusal)
+        self.config = choice.config
+        self.moved = q.nbytes + 2 * (k.nbytes + v.nbytes) + sum(self._call(q, k).bytes()[1:4])
+
+    def _call(self, q, k):
+        (b, heads, nq, d), (_, kv_heads, nk, _) = q.shape, k.shape
+        stream = torch.cuda.current_stream(q.device).cuda_stream
+        return cuda._prepare(
+            b, heads, kv_heads, nq, nk, d, q.dtype, False, d**-0.5, False, self.config, q.device, stream
+        )
+
+    def run(self, q, k, v) -> None:
+        call, step = self._call(q, k), cuda.binary()
+        views = [cuda._view(x, 0, 1, 2) for x in (q, k, v)]
+        scratch = [torch.empty(size, dtype=torch.uint8, device=q.device) for size in call.bytes()[:4]]
+        at = [x.data_ptr() for x in scratch]
+        step.stats(call, *views[1:], at[0])
+        parts = (step.PART_Q, step.PART_K, step.PART_V)
+        together = q.nbytes + k.nbytes + v.nbytes < cuda.LARGE
+        for part in [sum(parts)] if together else parts:
+            step.quantize(call, part, *views, *at)
 
 
 def finding(name: str, config: AttentionConfig, knobs: dict) -> Provider:

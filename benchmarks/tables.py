@@ -13,8 +13,17 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+
+
+def in_readme(row: dict) -> bool:
+    """Without the emulations, the steps of a call, what nearly equals another column, and modes that few shapes are timed in."""
+    if row["backend"] == "cuda":
+        return row["mode"] in ("int8/int32", "fp16/fp32", "fp16/fp16+fp32") and not row.get("step")
+    return row["backend"] not in ("reference", "finding") and "flash bf16" not in row["mode"]
+
+
 DOCUMENTS = {  # which rows of a result file a document shows
-    "README.md": lambda row: row["backend"] not in ("reference", "finding") and "flash bf16" not in row["mode"],
+    "README.md": in_readme,
     "docs/numbers.md": lambda row: row["backend"] != "finding",
     "docs/accuracy.md": lambda row: row["name"] == "accuracy" and row["backend"] in ("reference", "finding"),
 }
@@ -22,9 +31,14 @@ OURS = ("cuda", "triton", "reference")
 DISTRIBUTIONS = ("gauss", "peaky", "outlier")
 
 
+def is_benchmark(result: dict) -> bool:
+    """Whether bench.py wrote it; test runs and hardware counters stand beside its files."""
+    return any("rel_l2" in row for row in result.get("rows", ()))
+
+
 def newest(folder: Path) -> Path | None:
     """The result file with the latest date in it."""
-    files = [path for path in folder.glob("*.json") if "rows" in json.loads(path.read_text(encoding="utf-8"))]
+    files = [path for path in folder.glob("*.json") if is_benchmark(json.loads(path.read_text(encoding="utf-8")))]
     return max(files, key=lambda path: json.loads(path.read_text(encoding="utf-8"))["date"], default=None)
 
 
@@ -44,26 +58,47 @@ def markdown(header: list[str], lines: list[list[str]]) -> str:
 
 def speed(rows: list[dict]) -> str:
     """TFLOPS of a whole call and, for ours, the ratio to torch's cuDNN attention in the same run; a line a shape."""
-    timed = [row for row in rows if row["name"] != "accuracy"]
-    names = list(dict.fromkeys(label(row) for row in timed))
+    timed = [row for row in rows if is_timed(row)]
+    names = {label(row): row["backend"] for row in timed}
     lines = []
     for key in dict.fromkeys((row["name"], tuple(row["shape"]), row["causal"]) for row in timed):
         name, shape, causal = key
         here = {label(row): row for row in timed if (row["name"], tuple(row["shape"]), row["causal"]) == key}
         cudnn = next((row["ms"] for row in here.values() if "cudnn" in row["mode"]), None)
         cells = []
-        for column in names:
+        for column, backend in names.items():
             row = here.get(column)
-            if row is None or row["ms"] is None:
-                cells.append("none" if row is None else "fails")
+            if row is None:
+                cells.append("-" if backend in OURS else "none")  # not timed here, or not to be had
+            elif row["ms"] is None:
+                cells.append("fails")
             elif row["backend"] in OURS and cudnn:
                 cells.append(f"{row['tflops']:.0f} ({cudnn / row['ms']:.2f}×)")
             else:
                 cells.append(f"{row['tflops']:.0f}")
-        b, h, nq, nk, d = shape
-        size = f"{b},{h},{nq},{d}" if nq == nk else f"{b},{h},{nq}×{nk},{d}"
-        lines.append([f"{name}: {size}" + (" causal" if causal and "causal" not in name else ""), *cells])
+        lines.append([line_of(name, shape) + (" causal" if causal and "causal" not in name else ""), *cells])
     return markdown(["B,H,N,D", *names], lines)
+
+
+def is_timed(row: dict) -> bool:
+    """Whether it is of a whole call; the others are of accuracy, or of one step."""
+    return row["name"] != "accuracy" and not row.get("step")
+
+
+def line_of(name: str, shape: tuple[int, ...]) -> str:
+    b, h, nq, nk, d = shape
+    size = f"{b},{h},{nq},{d}" if nq == nk else f"{b},{h},{nq}×{nk},{d}"
+    return f"{name}: {size}"
+
+
+def quantisation(rows: list[dict]) -> str:
+    """What the CUDA kernels do before attention, alone; a line a shape."""
+    lines = [
+        [line_of(row["name"], row["shape"]), f"{row.get('graph_ms') or row['ms']:.3f}", f"{row['moved'] / 1e9:.3f}",
+         f"{row['gb_s']:.0f}", f"{row['of_copy']:.0%}", f"{row['of_call']:.1%}"]
+        for row in rows if row.get("step")
+    ]  # fmt: skip
+    return markdown(["B,H,N,D", "ms", "GB", "GB/s", "of a copy's", "of the call"], lines)
 
 
 def accuracy(rows: list[dict]) -> str:
@@ -83,11 +118,22 @@ def render(result: dict, source: str) -> str:
     """Everything between the markers."""
     where = f"{result['machine']}, driver {result['driver']}, torch {result['torch']}, commit {result['commit']}"
     parts = []
-    if any(row["name"] != "accuracy" for row in result["rows"]):
+    if any(map(is_timed, result["rows"])):
         parts.append(
             f"TFLOPS of a whole call, bf16, quantisation included ({where}). In brackets: the ratio to torch's cuDNN attention."
         )
         parts.append(speed(result["rows"]))
+        notes = dict.fromkeys(
+            f"**{row['backend']}** {row['mode']}: {row['note']}." for row in result["rows"] if row.get("note")
+        )
+        parts += ["\n".join(f"- {note}" for note in notes)] if notes else []
+    if any(row.get("step") for row in result["rows"]):
+        parts.append(
+            "Quantisation alone, for **cuda** int8/int32 per_thread: time, bytes that must be read and written (q once, k and v "
+            f"twice, the codes once), their rate, what part that is of the {result['copy_gb_s']:.0f} GB/s that a large copy moves in "
+            "the same run, and what part of the whole call it takes (short times are those of CUDA graphs)."
+        )
+        parts.append(quantisation(result["rows"]))
     if any(row["name"] == "accuracy" for row in result["rows"]):
         shape = next(row["shape"] for row in result["rows"] if row["name"] == "accuracy")
         parts.append(

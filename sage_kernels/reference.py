@@ -8,7 +8,7 @@ heads of each. docs/algorithm.md says what each step is for.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -199,14 +199,17 @@ def emulate(
     p_top: str = "tile",
     key_tile: int | None = None,
     residual_mean: bool = True,
+    accumulator: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention with the roundings of `config` (resolved: nothing "auto"): (out float32, lse float32), HND.
 
-    The last three arguments exist to show why the modes are as they are (docs/accuracy.md): p_top="running" scales int8
+    The last four arguments exist to show why the modes are as they are (docs/accuracy.md): p_top="running" scales int8
     P to the running maximum instead of the tile's, key_tile changes the keys a tile has, residual_mean=False puts back
-    V's plain mean.
+    V's plain mean, accumulator is another one than the mode's (a GPU without fp8 mma.sync sums its products in "fp32").
     """
     pv = PV[config.pv_accum]
+    if accumulator is not None:
+        pv = replace(pv, accumulator=accumulator)
     call = Grouped.of(q, k, v, is_causal, sm_scale, attn_mask)
     tile = key_tile or (INT8_KEY_TILE if pv.p_dtype == "u8" else KEY_TILE)
     scores = QuantisedScores.of(call, config)
@@ -257,7 +260,7 @@ def _int8_groups(x: Tensor, block: int, sub: int) -> tuple[Tensor, Tensor]:
     top = torch.zeros(*row_top.shape[:-1], int(index.max()) + 1, device=x.device)
     top = top.scatter_reduce(-1, index.expand(row_top.shape), row_top, "amax")[..., index].unsqueeze(-1)
     used = top > TINY
-    codes = torch.round(x * torch.where(used, 127.0 / top, 0.0))
+    codes = torch.round(x * torch.where(used, torch.full_like(top, 127.0) / top, 0.0))  # a number / top is less exact
     return codes, torch.where(used, top / 127.0, 0.0)
 
 

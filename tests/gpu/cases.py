@@ -1,12 +1,14 @@
-"""The cases of test_triton_gpu.py: every pair of values of any two factors stands in one of them (all-pairs), few cases."""
+"""The cases of test_kernels.py: every pair of values of any two factors stands in one of them (all-pairs), few cases."""
 
 import itertools
 import random
 
+from kernels import KERNELS
+
 FACTORS = {
-    "mode": ("fp16/fp32", "int8/int32"),
+    "kernel": tuple(KERNELS),
     "gran": ("per_block", "per_warp", "per_thread"),
-    "d": (40, 64, 96, 128, 256),
+    "d": (40, 64, 80, 96, 128, 160, 256),
     "dtype": ("float16", "bfloat16", "float32"),
     "layout": ("HND", "NHD"),
     "causal": (False, True),
@@ -52,5 +54,5 @@ def name_of(case):
     short = {"causal": "causal", "lse": "lse", "smooth_k": "smooth_k", "smooth_v": "smooth_v", "rotate": "rotate"}
     parts = [short[key] for key in short if case[key]]
     heads, lengths = ("x".join(map(str, case[key])) for key in ("heads", "lengths"))
-    fixed = [case[key] for key in ("mode", "gran", "dtype", "layout", "mask", "view")]
-    return "-".join([*fixed, f"d{case['d']}", f"h{heads}", f"n{lengths}", *parts]).replace(" ", "_")
+    fixed = [case[key] for key in ("gran", "dtype", "layout", "mask", "view")]
+    return "-".join([*case["kernel"], *fixed, f"d{case['d']}", f"h{heads}", f"n{lengths}", *parts]).replace(" ", "_")

@@ -78,7 +78,7 @@ def main() -> None:
     plain, seconds = sample(model)
     found = {"plain": {"seconds": round(seconds, 3), "dtype": str(model.model.get_dtype())}}
     cases = {"auto": {}, "int8": {"pv_accum": "int8/int32"}, "accurate": {"mode": "accurate", "attention": "both"},
-             "fp8, not here": {"pv_accum": "fp8/fp32+fp16"}}  # fmt: skip
+             "fp8": {"pv_accum": "fp8/fp32+fp16"}}  # fmt: skip
     for name, choices in cases.items():
         changed = patched(model, **choices)
         sample(changed, 2)  # Triton compiles

@@ -4,9 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+
+from sage_kernels import AttentionConfig
+from sage_kernels.dispatch import Request, choose
 
 SCRIPT = Path(__file__).with_name("comfy_on_gpu.py")
 
@@ -20,23 +25,28 @@ def runs():
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize(
-    "name,mode,calls",
-    [
-        ("auto", "fp16/fp32", 6 * 12),
-        ("int8", "int8/int32", 6 * 12),
-        ("accurate", "fp16/fp32", 6 * 12),  # attention "both", but the prompt has fewer tokens than min_tokens
-        ("fp8, not here", "int8/int32", 6 * 12),  # the nearest mode at least as accurate
-    ],
-)
-def test_the_gpu_serves_every_self_attention_call(runs, name, mode, calls, record_property):
+# "accurate" is asked for with attention "both", but the prompt has fewer tokens than min_tokens.
+ASKED = {
+    "auto": AttentionConfig(),
+    "int8": AttentionConfig(pv_accum="int8/int32"),
+    "accurate": AttentionConfig(intent="accurate"),
+    "fp8": AttentionConfig(pv_accum="fp8/fp32+fp16"),  # or, without the CUDA kernels, the nearest at least as accurate
+}
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_the_gpu_serves_every_self_attention_call(runs, name, record_property):
     run = runs[name]
     record_property("relative_l2", run["relative_l2"])
     (taken,) = run["report"]["taken"]
-    assert (taken["backend"], taken["mode"], taken["calls"]) == ("triton", mode, calls)
+    expected = choose(Request(replace(ASKED[name], strict=False), torch.device("cuda", 0)))
+    record_property("served by", str(expected))
+    assert expected.backend in ("cuda", "triton")
+    assert (taken["backend"], taken["mode"], taken["calls"]) == (expected.backend, expected.mode, 6 * 12)
     assert taken["blocks"] == list(range(6)) and taken["steps"] == list(range(12))
     assert not run["report"]["errors"]
-    assert any("fp8/fp32+fp16 is not available" in note for note in run["report"]["notes"]) == (name == "fp8, not here")
+    replaced = [note for note in run["report"]["notes"] if "is not available" in note]
+    assert bool(replaced) == bool(expected.notes)
     assert 0 < run["relative_l2"] < 0.1
 
 

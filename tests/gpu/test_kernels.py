@@ -1,61 +1,25 @@
-"""The Triton kernels on a GPU: against the exact emulation of the same mode, and against float64."""
+"""Every kernel on a GPU: against the exact emulation of its mode, and against float64."""
 
 import pytest
 import torch
 from cases import all_pairs, name_of
 from checks import close, exact, qkv, relative_l2, same_special, tolerance
+from kernels import ONE_EACH, ROUNDING, TRITON, config_of, each, emulated, ends_of, limit, mask_of, parts, strided
 
 import sage_kernels
-from sage_kernels import AttentionConfig, reference
+from sage_kernels import reference
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-
-MODES = ("fp16/fp32", "int8/int32")
-# Against the emulation: sums in another order, an exp2 of other last bits and so, rarely, a code that rounds the other way.
-# The output's own rounding comes on top.
-EMULATION = {"fp16/fp32": 0.004, "int8/int32": 0.006}
-ROUNDING = {torch.float32: 0.0, torch.float16: 0.0005, torch.bfloat16: 0.003}
-
-
-def triton(mode="fp16/fp32", **options):
-    return AttentionConfig(backend="triton", pv_accum=mode, **options)
-
-
-def emulated(*x, config, **options):
-    """The same call on the reference backend, every choice resolved as Triton resolves it."""
-    resolved = sage_kernels.explain(*x, config=config, **options).config
-    fields = {name: getattr(resolved, name) for name in ("pv_accum", "qk_quant_gran", "smooth_k", "smooth_v", "rotate")}
-    return sage_kernels.attention(*x, config=AttentionConfig(backend="reference", **fields), **options)
-
-
-def mask_of(kind, b, heads, nq, nk):
-    rng = torch.Generator(device="cuda").manual_seed(9)
-    shape = {"keys": (b, 1, 1, nk), "dense": (b, heads, nq, nk), "heads": (heads, 1, nk)}[kind.split()[1]]
-    seen = torch.rand(shape, generator=rng, device="cuda") < 0.8
-    if nk > 1:
-        seen[..., 0] = True
-    if kind == "bool dense" and nq > 2:
-        seen[..., 2, :] = False  # a query that sees nothing
-    if kind.startswith("bool"):
-        return seen
-    values = torch.randn(shape, generator=rng, device="cuda").masked_fill(~seen, float("-inf"))
-    return values.bfloat16() if kind == "add keys" else values
-
-
-def strided(x):
-    """The same values with gaps between tokens and between heads."""
-    return torch.stack([x, torch.full_like(x, 7.0)], 3).flatten(2, 3)[:, :, ::2]
 
 
 @pytest.mark.parametrize("case", all_pairs(), ids=name_of)
 def test_pairs(case, poisoned, record_property):
     """Every pair of the values of any two factors (cases.py)."""
     (heads, kv_heads), (nq, nk), dtype = case["heads"], case["lengths"], getattr(torch, case["dtype"])
+    kernel = case["kernel"]
+    config = config_of(kernel, qk_quant_gran=case["gran"], **{k: case[k] for k in ("smooth_k", "smooth_v", "rotate")})
     x = qkv(2, heads, nq, nk, case["d"], kv_heads, dtype, "cuda")
     mask = None if case["mask"] == "none" else mask_of(case["mask"], 2, heads, nq, nk)
-    config = triton(
-        case["mode"], qk_quant_gran=case["gran"], **{k: case[k] for k in ("smooth_k", "smooth_v", "rotate")}
-    )
     given = [strided(t) if case["view"] == "strided" else t for t in x]
     if case["layout"] == "NHD":
         given = [t.transpose(1, 2) if case["view"] == "strided" else t.transpose(1, 2).contiguous() for t in given]
@@ -69,11 +33,11 @@ def test_pairs(case, poisoned, record_property):
     out = out if case["layout"] == "HND" else out.transpose(1, 2)
     assert out.dtype == dtype and all(torch.equal(a, b) for a, b in zip(given, before, strict=True))
     want, want_lse = exact(*x, **options)
-    twin, twin_lse = emulated(*x, config=config, return_lse=True, **options)
+    twin, twin_lse = emulated(*x, config=config, **options)
     record_property("exact", round(relative_l2(out, want), 6))
     record_property("emulation", round(relative_l2(out, twin), 6))
-    close(out, want, tolerance(case["mode"]) + ROUNDING[dtype])
-    close(out, twin, EMULATION[case["mode"]] + ROUNDING[dtype])
+    close(out, want, tolerance(kernel[1]) + ROUNDING[dtype])
+    close(out, twin, limit(kernel, dtype))
     if lse is not None:
         same_special(lse, want_lse)
         seen = want_lse.isfinite()
@@ -81,63 +45,69 @@ def test_pairs(case, poisoned, record_property):
         assert (lse - twin_lse)[seen].abs().max() < 0.01
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_long(mode, record_property):
+@each()
+def test_long(kernel, record_property):
     """Many tiles, as in a model: 5000 odd tokens."""
+    config = config_of(kernel)
     x = qkv(1, 2, 5001, 4999, 128, dtype=torch.bfloat16, device="cuda")
-    out = sage_kernels.attention(*x, config=triton(mode))
+    out = sage_kernels.attention(*x, config=config)
     want, _ = reference.exact_attention(*x)
-    twin = emulated(*x, config=triton(mode))
+    twin, _ = emulated(*x, config=config)
     record_property("exact", round(relative_l2(out, want), 6))
     record_property("emulation", round(relative_l2(out, twin), 6))
-    close(out, want, tolerance(mode) + 0.003)
-    close(out, twin, EMULATION[mode] + 0.003)
+    close(out, want, tolerance(kernel[1]) + ROUNDING[torch.bfloat16])
+    close(out, twin, limit(kernel, torch.bfloat16))
 
 
-@pytest.mark.parametrize("mode", MODES)
+@each()
 @pytest.mark.parametrize("which", "qkv")
-def test_special_values(which, mode):
+def test_special_values(which, kernel):
     """NaN and inf in one kv head of two, exactly where float64 has them, plain and with causal rule and masked keys."""
+    config = config_of(kernel)
     for value in (float("nan"), float("inf"), float("-inf")):
         x = dict(zip("qkv", qkv(2, 4, 100, 100, 64, 2, torch.float16, "cuda"), strict=True))
         x[which][1, 2 if which == "q" else 1, 70, 5] = value
         mask = torch.ones(100, dtype=torch.bool, device="cuda")
         mask[70] = False
         for options in ({}, {"is_causal": True}, {"attn_mask": mask}):
-            out = sage_kernels.attention(*x.values(), config=triton(mode), **options)
+            out = sage_kernels.attention(*x.values(), config=config, **options)
             want, _ = exact(*x.values(), **options)
             same_special(out, want)
-            assert relative_l2(out, want) < tolerance(mode)
+            assert relative_l2(out, want) < tolerance(kernel[1])
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_same_bits_twice(mode):
+@each()
+def test_same_bits_twice(kernel):
+    config = config_of(kernel)
     x = qkv(2, 4, 700, 900, 128, 2, torch.bfloat16, "cuda")
-    first = sage_kernels.attention(*x, config=triton(mode), return_lse=True)
+    first = sage_kernels.attention(*x, config=config, return_lse=True)
     for _ in range(3):
-        again = sage_kernels.attention(*x, config=triton(mode), return_lse=True)
+        again = sage_kernels.attention(*x, config=config, return_lse=True)
         assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_cuda_graph(mode):
-    """Captured once; replays follow the inputs, a NaN among them, and other work on the card in between."""
-    static = qkv(1, 4, 300, 500, 64, 2, torch.bfloat16, "cuda")
-    mask = torch.rand(500, device="cuda") < 0.9
-    options = dict(attn_mask=mask, return_lse=True, config=triton(mode))
+@each()
+def test_cuda_graph(kernel):
+    """Captured once; replays follow the inputs, a NaN among them, and other work on the card in between.
+
+    Few queries and many keys, so that CUDA's blocks share out the keys.
+    """
+    shape = (1, 4, 100, 1500, 64, 2, torch.bfloat16, "cuda")
+    options = dict(attn_mask=torch.rand(1500, device="cuda") < 0.9, return_lse=True, config=config_of(kernel))
+    static = qkv(*shape)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        sage_kernels.attention(*static, **options)  # compile
+        sage_kernels.attention(*static, **options)  # Triton compiles
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out, lse = sage_kernels.attention(*static, **options)
     for seed in (1, 2, 3):
-        fresh = qkv(1, 4, 300, 500, 64, 2, torch.bfloat16, "cuda", seed=seed)
+        fresh = qkv(*shape, seed=seed)
         if seed == 2:
             fresh[1][0, 1, 7, 7] = float("nan")
-            mask[7] = True
+            options["attn_mask"][7] = True
         for old, new in zip(static, fresh, strict=True):
             old.copy_(new)
         graph.replay()
@@ -146,31 +116,34 @@ def test_cuda_graph(mode):
         assert torch.equal(out.nan_to_num(), want.nan_to_num()) and torch.equal(lse.nan_to_num(), want_lse.nan_to_num())
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_side_stream(mode):
+@each()
+def test_side_stream(kernel):
     """Inputs that a slow side stream is still to write: work on any other stream would read the old ones."""
+    config = config_of(kernel)
     x = qkv(1, 4, 300, 300, 64, None, torch.float16, "cuda")
-    want = sage_kernels.attention(*x, config=triton(mode))
+    want = sage_kernels.attention(*x, config=config)
     late = [torch.zeros_like(t) for t in x]
     torch.cuda.synchronize()
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
-        sage_kernels.attention(*late, config=triton(mode))  # so that the stream has its memory
+        sage_kernels.attention(*late, config=config)  # so that the stream has its memory
     torch.cuda.synchronize()
     with torch.cuda.stream(side):
         torch.cuda._sleep(200_000_000)  # about 0.1 s
         for t, source in zip(late, x, strict=True):
             t.copy_(source)
-        out = sage_kernels.attention(*late, config=triton(mode))
+        out = sage_kernels.attention(*late, config=config)
     assert not side.query(), "the call waited for the GPU"
     side.synchronize()
     assert torch.equal(out, want)
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_compile_with_inductor(mode):
+@each([*TRITON, ("cuda", "int8/int32")])
+def test_compile_with_inductor(kernel):
+    config = config_of(kernel)
+
     def block(q, k, v):
-        return sage_kernels.attention(q * 2, k.transpose(1, 2), v, config=triton(mode)) + 1
+        return sage_kernels.attention(q * 2, k.transpose(1, 2), v, config=config) + 1
 
     torch._dynamo.reset()
     compiled = torch.compile(block, fullgraph=True)
@@ -181,9 +154,10 @@ def test_compile_with_inductor(mode):
             assert relative_l2(compiled(q, k, v), block(q, k, v)) < 1e-3
 
 
-def test_consuming_holds_nothing():
+@each(ONE_EACH)
+def test_consuming_holds_nothing(kernel):
     """After the call neither the inputs nor any scratch memory is held, only the result."""
-    config = triton()
+    config = config_of(kernel)
     shape = (1, 8, 4096, 1024, 128, None, torch.bfloat16, "cuda")
     sage_kernels.attention(*qkv(*shape), config=config)
     base = torch.cuda.memory_allocated()
@@ -193,31 +167,46 @@ def test_consuming_holds_nothing():
     assert torch.cuda.memory_allocated() - base == out.numel() * out.element_size()
 
 
-@pytest.mark.parametrize("mode", MODES)
+@each()
 @pytest.mark.parametrize("is_causal", [False, True])
-def test_varlen(is_causal, mode, record_property):
-    """Packed sequences with a single token and more than one tile among them, each as if alone."""
-    q_lengths, k_lengths = [300, 1, 129, 64], [300, 77, 1, 400]
-    q_ends, k_ends = (torch.tensor([0, *n], device="cuda").cumsum(0).int() for n in (q_lengths, k_lengths))
-    q = torch.randn(sum(q_lengths), 4, 96, device="cuda", dtype=torch.float16)
-    k, v = torch.randn(2, sum(k_lengths), 2, 96, device="cuda", dtype=torch.float16)
-    out = torch.ops.sage_kernels.attention_varlen(
-        q, k, v, q_ends, k_ends, max(q_lengths), max(k_lengths), is_causal, 96**-0.5, triton(mode).encode()
-    )
-    parts = zip(out.split(q_lengths), q.split(q_lengths), k.split(k_lengths), v.split(k_lengths), strict=True)
-    for got, *alone in parts:
+def test_varlen(is_causal, kernel, poisoned):
+    """Packed sequences, of no token, of one and of more than a tile among them: each as if alone. What no sequence has is 0."""
+    config = config_of(kernel)
+    q_lengths, k_lengths = [300, 1, 129, 64, 0, 5, 70], [300, 77, 1, 400, 9, 0, 2500]
+    q = torch.randn(sum(q_lengths) + 7, 4, 96, device="cuda", dtype=torch.float16)
+    k, v = torch.randn(2, sum(k_lengths) + 3, 2, 96, device="cuda", dtype=torch.float16)
+    k[-3:] = v[-3:] = float("nan")  # of no sequence
+    poisoned()
+    with parts(1):
+        out = torch.ops.sage_kernels.attention_varlen(
+            q, k, v, ends_of(q_lengths), ends_of(k_lengths), max(q_lengths), max(k_lengths), is_causal, 96**-0.5,
+            config.encode(),
+        )  # fmt: skip
+    assert out.isfinite().all() and not out[-7:].any()
+    sequences = zip(*(x.split(n) for x, n in ((out[:-7], q_lengths), (q[:-7], q_lengths), (k[:-3], k_lengths),
+                                              (v[:-3], k_lengths))), strict=True)  # fmt: skip
+    for got, *alone in sequences:
+        if 0 in (len(alone[0]), len(alone[1])):
+            assert not got.any()
+            continue
         alone = [t[None].transpose(1, 2) for t in alone]
         want, _ = exact(*alone, is_causal=is_causal)
-        close(got[None].transpose(1, 2), want, tolerance(mode) + 0.01)
-        same = sage_kernels.attention(*alone, is_causal=is_causal, config=triton(mode))
-        assert relative_l2(got[None].transpose(1, 2), same) < 1e-3
+        close(got[None].transpose(1, 2), want, tolerance(kernel[1]) + 0.01)
+        twin, _ = emulated(*alone, config=config, is_causal=is_causal)
+        close(got[None].transpose(1, 2), twin, limit(kernel, torch.float16))
 
 
-def test_second_device():
+@each(ONE_EACH)
+def test_second_device(kernel):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    x = qkv(1, 2, 200, 200, 64, None, torch.float16, "cuda:1")
-    close(sage_kernels.attention(*x, config=triton()), exact(*x)[0], 0.025)
+    config = config_of(kernel)
+    x = qkv(1, 2, 100, 1500, 64, None, torch.float16, "cuda:1")
+    torch.cuda.synchronize("cuda:1")
+    out, lse = sage_kernels.attention(*x, config=config, return_lse=True)
+    assert torch.cuda.current_device() == 0
+    here = sage_kernels.attention(*(t.to("cuda:0") for t in x), config=config, return_lse=True)
+    assert torch.equal(out.to("cuda:0"), here[0]) and torch.equal(lse.to("cuda:0"), here[1])
 
 
 # --- more than 2**31 elements: each of these reads or writes beyond what a 32-bit offset reaches -------------------------------
@@ -230,9 +219,11 @@ def fill(*shape):
     return torch.empty(shape, dtype=torch.bfloat16, device="cuda").normal_()
 
 
+@each([("triton", "fp16/fp32"), ("cuda", "int8/int32")])
 @pytest.mark.parametrize("layout", ["HND", "NHD"])
-def test_huge_queries(layout):
+def test_huge_queries(layout, kernel):
     """q and out of 2.2e9 elements: one head with very many tokens, or 33 heads between two tokens."""
+    config = config_of(kernel)
     heads = 1 if layout == "HND" else 33
     n = -(-(BEYOND + 40_000) // heads // 128) * 128
     q = fill(1, heads, n, 128) if layout == "HND" else fill(1, n, heads, 128)
@@ -240,24 +231,25 @@ def test_huge_queries(layout):
     k, v = fill(1, heads, 64, 128), fill(1, heads, 64, 128)
     assert q.numel() > 2**31
     given = [q, k, v] if layout == "HND" else [t.transpose(1, 2) for t in (q, k, v)]
-    out = sage_kernels.attention(*given, tensor_layout=layout, config=triton())
+    out = sage_kernels.attention(*given, tensor_layout=layout, config=config)
     out = out if layout == "HND" else out.transpose(1, 2)
     for rows in (slice(0, 256), slice(n // 2 // 128 * 128, n // 2 // 128 * 128 + 256), slice(n - 256, n)):
         some = q[:, :, rows].contiguous()
-        close(out[:, :, rows], emulated(some, k, v, config=triton()), 0.01)
+        close(out[:, :, rows], emulated(some, k, v, config=config)[0], 0.01)
     del out, q, given
     torch.cuda.empty_cache()
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_huge_keys(mode):
+@each(ONE_EACH)
+def test_huge_keys(kernel):
     """k and v of 2.2e9 elements, one head; the keys that matter stand at the very end."""
+    config = config_of(kernel)
     n = BEYOND + 40_000
     q, k, v = fill(1, 1, 128, 128), fill(1, 1, n, 128), fill(1, 1, n, 128)
     direction = torch.randn(128, device="cuda", dtype=torch.bfloat16)
     q += direction
     k[:, :, -64:] += 2 * direction
-    out = sage_kernels.attention(q, k, v, config=triton(mode))
+    out = sage_kernels.attention(q, k, v, config=config)
     top = torch.full((128, 1), float("-inf"), device="cuda")
     total, acc = torch.zeros(128, 1, device="cuda"), torch.zeros(128, 128, device="cuda")
     for first in range(0, n, 1 << 20):  # exact, in float32
@@ -271,16 +263,18 @@ def test_huge_keys(mode):
     torch.cuda.empty_cache()
 
 
-@pytest.mark.parametrize("dtype", [torch.bool, torch.float16])
-def test_huge_mask(dtype):
+@each([("triton", "fp16/fp32"), ("cuda", "fp16/fp32")])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float16], ids=str)
+def test_huge_mask(dtype, kernel):
     """A dense mask of 2.2e9 elements."""
+    config = config_of(kernel)
     n = 46_464
     q, k, v = fill(1, 1, n, 64), fill(1, 1, n, 64), fill(1, 1, n, 64)
     mask = torch.empty(n, n, dtype=torch.uint8, device="cuda").random_(0, 2).bool()
     assert mask.numel() > 2**31
     if dtype != torch.bool:
         mask = torch.zeros(n, n, dtype=dtype, device="cuda").masked_fill_(~mask, float("-inf"))
-    out = sage_kernels.attention(q, k, v, attn_mask=mask, config=triton())
+    out = sage_kernels.attention(q, k, v, attn_mask=mask, config=config)
     for rows in (slice(0, 128), slice(n - 128, n)):
         want, _ = reference.exact_attention(q[:, :, rows], k, v, attn_mask=mask[rows])
         close(out[:, :, rows], want, 0.03)
