@@ -1,6 +1,7 @@
 # make test     every check that this machine can run
 # make demo     the small model with and without the patch, on the real ComfyUI
 # make bench    kernels on this machine's GPU, checked first, then timed
+# make build    the CUDA kernels, for the GPUs of this machine or: make build ARCHS=8.9,12.0
 # make setup    what the above need, in .venv and .comfy; each runs it by itself
 # make lint | format | workflows | clean
 
@@ -9,16 +10,20 @@ PYTHON ?= python3
 PYTEST ?=
 # more arguments for the benchmark: make bench BENCH=--quick
 BENCH ?=
+# compute capabilities to build for, if not this machine's own
+ARCHS ?=
 
 VENV   := .venv
 PY     := $(VENV)/bin/python
 STAMPS := $(VENV)/.stamps
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: test demo bench setup browser lint format workflows clean
+.PHONY: test demo bench build setup browser lint format workflows clean
 .DELETE_ON_ERROR:
 
+# The binary is built for this machine's GPUs, or where it has none for some card, so that its bindings are tested.
 test: lint setup
+	$(PY) install.py --archs $(or $(ARCHS),$(shell $(PY) -c 'from csrc.build import choose_archs; print(",".join(choose_archs(None)))' 2>/dev/null),8.9)
 	$(PY) -m pytest $(PYTEST)
 
 demo: setup
@@ -27,6 +32,9 @@ demo: setup
 bench: $(STAMPS)/tools
 	$(PY) benchmarks/bench.py $(BENCH)
 	$(PY) benchmarks/tables.py
+
+build: $(STAMPS)/tools
+	$(PY) install.py $(if $(ARCHS),--archs $(ARCHS))
 
 setup: $(STAMPS)/comfyui browser
 
@@ -68,5 +76,5 @@ workflows: setup
 	$(PY) tests/browser/build_workflows.py
 
 clean:
-	rm -rf $(VENV) .comfy demo/output .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .comfy demo/output csrc/build sage_kernels/_C* .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

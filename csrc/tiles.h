@@ -31,12 +31,19 @@ SAGE_HD constexpr Tile tile_for(Mode mode, int dim, int v_dim, int arch) {
     return Tile{SAGE_TUNE_TILE};
 #endif
     const bool roomy = arch == 80 || arch == 90 || arch == 100 || arch == 103;
-    const bool int8 = mode == Mode::int8_int32;
-    if (dim == 256) return roomy ? Tile{1, 4, 64, 2, 2, true} : Tile{1, 8, 64, 1, 2, true};
-    // fp8 on 9.0 is unpacked to fp16 first, which takes the registers of the third block
-    if (dim == 64) return int8 ? Tile{1, 4, 128, 2, 4, true} : Tile{1, 4, 64, arch == 90 && p_type(mode) == PType::e4m3 ? 2 : 3, 4, true};
-    if (int8) return roomy ? Tile{1, 4, 128, 2, 4, true} : Tile{1, 8, 128, 1, 4, true};
-    if (mode == Mode::fp16_fp32 && roomy) return {1, 4, 128, 2, 4, true};  // 128 keys: fewer barriers, and nothing to flush
+    const bool int8 = mode == Mode::int8_int32, fp8 = p_type(mode) == PType::e4m3;
+    if (dim == 256) {  // more registers than there are: these tiles spill least. Q in shared memory where it fits beside
+        if (roomy) return {1, 4, 64, 2, 2, true};
+        return {1, 8, 64, 1, 2, v_bytes(mode) == 2 || arch < 120};
+    }
+    if (dim == 64) {
+        const bool unpacked = fp8 && (arch == 90 || arch == 100);  // to fp16 first, which takes the third block's registers
+        return int8 ? Tile{1, 4, 128, 2, 4, true} : Tile{1, 4, 64, unpacked ? 2 : 3, 4, true};
+    }
+    if (int8 && !roomy) return {1, 8, 128, 1, 4, true};
+    if (int8) return arch >= 100 ? Tile{1, 4, 128, 2, 2, false} : Tile{1, 4, 128, 2, 4, true};  // on 10.0 this one spills
+    // 128 keys: fewer barriers, and nothing to flush; two blocks of them take 192 KB
+    if (mode == Mode::fp16_fp32 && roomy && arch >= 90) return {1, 4, 128, 2, 4, true};
     return {1, 4, 64, 2, 4, true};
 }
 
