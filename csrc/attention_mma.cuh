@@ -144,6 +144,9 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct Attention {
         return fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, 2));
     }
 
+    // What a code counts. Never 0, as it is where q or k is: what is hidden is -inf then, too, and -inf * 0 is not.
+    __device__ static float scale_of(float q_scale, float k_scale) { return fmaxf(q_scale * k_scale, 1e-30f); }
+
     // -inf where a key is hidden. With a mask the codes become scores, for a mask may say -1e38.
     __device__ static void hide(Scores& s, const Place& at, const Rows& rows, const float (&k_scale)[GROUPS], int first_key, bool causal) {
 #pragma unroll
@@ -156,7 +159,7 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct Attention {
                     const int key = first_key + n * 8 + lane() % 4 * 2 + i % 2;
                     float x = __int_as_float(s[m][n][i]);
                     if (MASKED) {
-                        x = (x - MAGIC) * (rows.scale[m][i / 2] * k_scale[n / 8]);
+                        x = (x - MAGIC) * scale_of(rows.scale[m][i / 2], k_scale[n / 8]);
                         if (query < at.q.n && key < at.k.n) x = masked(x, at.mask, query, key);
                     }
                     if (key >= at.k.n || (causal && key > query)) x = -INFINITY;
@@ -187,7 +190,7 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct Attention {
 #pragma unroll
                 for (int g = 0; g < GROUPS; ++g) {
                     const float top = largest(s[m], 8 * g, r);
-                    tile_top = fmaxf(tile_top, MASKED ? top : (top - MAGIC) * (rows.scale[m][r] * k_scale[g]));
+                    tile_top = fmaxf(tile_top, MASKED ? top : (top - MAGIC) * scale_of(rows.scale[m][r], k_scale[g]));
                 }
                 tile_top = quad_max(tile_top);
                 const float old_top = rows.top[m][r], new_top = fmaxf(old_top, tile_top);
@@ -214,7 +217,7 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct Attention {
 #pragma unroll
                 for (int g = 0; g < GROUPS; ++g) {
                     // x * scale + offset, where x is MAGIC + code; the offset's rounding is below one unit of the code
-                    const float scale = MASKED ? 1.0f : rows.scale[m][r] * k_scale[g];
+                    const float scale = MASKED ? 1.0f : scale_of(rows.scale[m][r], k_scale[g]);
                     const float offset = MASKED ? p_max_log2 - base[m][r] : fmaf(-MAGIC, scale, p_max_log2 - base[m][r]);
 #pragma unroll
                     for (int w = g * WORDS; w < (g + 1) * WORDS; ++w) {
@@ -368,9 +371,6 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct Attention {
         return true;
     }
 
-    // A scale of 0 belongs to codes that are all 0; what is hidden stays so with a tiny one instead (-inf * 0 is not -inf).
-    __device__ static float not_zero(float scale) { return fmaxf(scale, 1e-30f); }
-
     // One barrier a tile, between the maxima and the exponentials: the products of one tile run into the scores of the next.
     __device__ static void run(const Call& call, const QCodes& q, const KCodes& k, const VCodes& v, const Stats& stats,
                                const Mask& mask, const Partials& partials, const View& out, float* lse) {
@@ -394,7 +394,7 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct Attention {
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
                 const int query = at.row + m * 16 + r * 8 + lane() / 4;
-                rows.scale[m][r] = not_zero(q_scales[query / call.q_block * call.q_sub + query % 8 * call.q_sub / 8]);
+                rows.scale[m][r] = q_scales[query / call.q_block * call.q_sub + query % 8 * call.q_sub / 8];
                 rows.top[m][r] = -INFINITY;
                 rows.total[m][r] = 0.0f;
             }
@@ -430,7 +430,7 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct Attention {
         for (int tile = at.tile_begin; tile < at.tile_end; ++tile) {
             float k_scale[GROUPS];
 #pragma unroll
-            for (int g = 0; g < GROUPS; ++g) k_scale[g] = not_zero(next_k_scale[g]);
+            for (int g = 0; g < GROUPS; ++g) k_scale[g] = next_k_scale[g];
             load_k_scale(tile + 1 < at.tile_end);
             Scores s;
             multiply_qk(s, held, q_shared, k_here, k_first);

@@ -77,6 +77,24 @@ def test_special_values(which, kernel):
 
 
 @each()
+@pytest.mark.parametrize("which", ["q", "k", "v", "qk", "qkv"])
+def test_zeros(which, kernel):
+    """All zeros have no scale; what is hidden stays hidden all the same: keys beyond the end, by the causal rule, by a mask."""
+    config = config_of(kernel)
+    for n in (65, 200):
+        x = dict(zip("qkv", qkv(1, 2, n, n, 64, 1, torch.float16, "cuda"), strict=True))
+        for name in which:
+            x[name].zero_()
+        mask = torch.rand(n, n, device="cuda") < 0.8
+        mask[:, 0] = True
+        for options in ({}, {"is_causal": True}, {"attn_mask": mask}):
+            out, lse = sage_kernels.attention(*x.values(), return_lse=True, config=config, **options)
+            want, want_lse = exact(*x.values(), **options)
+            same_special(out, want)
+            assert (out - want).norm() <= tolerance(kernel[1]) * want.norm() and (lse - want_lse).abs().max() < 0.15
+
+
+@each()
 def test_same_bits_twice(kernel):
     config = config_of(kernel)
     x = qkv(2, 4, 700, 900, 128, 2, torch.bfloat16, "cuda")
