@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
         binary = build.build(archs, options.jobs, nvcc, options.build_dir)
     except build.NothingToBuild as reason:
         print(f"No CUDA kernels were built: {reason}. {served_without()}")
-        return 0
+        return 1 if options.archs or options.nvcc else 0  # a failure only where a build was asked for
     except build.BuildError as reason:
         print(f"No CUDA kernels were built: {reason}", file=sys.stderr)
         return 1

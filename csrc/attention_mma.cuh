@@ -179,7 +179,7 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct Attention {
         return MASKED ? score : __int_as_float(code);
     }
 
-    // The maxima of a tile's rows, and what earlier sums and P must be multiplied with. base: what P's exponents are taken from.
+    // The maxima of a tile's rows, rounded up so that no score is above its own, and what earlier sums and P must be multiplied with. base: what P's exponents are taken from.
     __device__ static void raise(Turn (&turn)[M], float (&base)[M][2], Rows& rows, const Scores& s, const float (&k_scale)[GROUPS]) {
 #pragma unroll
         for (int m = 0; m < M; ++m) {
@@ -190,7 +190,7 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct Attention {
 #pragma unroll
                 for (int g = 0; g < GROUPS; ++g) {
                     const float top = largest(s[m], 8 * g, r);
-                    tile_top = fmaxf(tile_top, MASKED ? top : (top - MAGIC) * scale_of(rows.scale[m][r], k_scale[g]));
+                    tile_top = fmaxf(tile_top, MASKED ? top : __fmul_ru(top - MAGIC, scale_of(rows.scale[m][r], k_scale[g])));
                 }
                 tile_top = quad_max(tile_top);
                 const float old_top = rows.top[m][r], new_top = fmaxf(old_top, tile_top);
@@ -205,9 +205,30 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct Attention {
         }
     }
 
-    // p = 2^(score - base), its sum to the rows' totals, its codes to p.
+    // The rounding of MAGIC * scale (see weigh) is an error of the exponent. Where it would show, MAGIC is taken off each score.
+    // Returns what is left in them: MAGIC or 0.
+    __device__ static float without_magic(Scores& s, const Rows& rows, const float (&k_scale)[GROUPS]) {
+        constexpr float LARGE = 1.0f / 1024;  // the error stays below this; the scale of ordinary inputs is near 1e-4
+        bool large = false;
+#pragma unroll
+        for (int m = 0; m < M; ++m)
+#pragma unroll
+            for (int g = 0; g < GROUPS; ++g)
+                large |= fmaxf(rows.scale[m][0], rows.scale[m][1]) * k_scale[g] > LARGE;
+        if (!__any_sync(0xFFFFFFFFu, large)) return MAGIC;
+#pragma unroll
+        for (int m = 0; m < M; ++m)
+#pragma unroll
+            for (int n = 0; n < N; ++n)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) s[m][n][i] = __float_as_int(__int_as_float(s[m][n][i]) - MAGIC);
+        return 0.0f;
+    }
+
+    // p = 2^(score - base), its sum to the rows' totals, its codes to p. Everything is rounded such that p never passes P's
+    // largest, for its codes have no room above that. magic: what the scores have beside their codes.
     __device__ static void weigh(Probabilities& p, const Scores& s, Rows& rows, const Turn (&turn)[M], const float (&base)[M][2],
-                                 const float (&k_scale)[GROUPS], float p_max_log2) {
+                                 const float (&k_scale)[GROUPS], float p_max_log2, float magic) {
         constexpr int WORDS = P_WORDS / GROUPS, COLUMNS = 8 / WORDS;  // columns of 8 keys in one word: 1 or 2
 #pragma unroll
         for (int m = 0; m < M; ++m)
@@ -216,16 +237,16 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct Attention {
                 float sum = 0.0f;
 #pragma unroll
                 for (int g = 0; g < GROUPS; ++g) {
-                    // x * scale + offset, where x is MAGIC + code; the offset's rounding is below one unit of the code
-                    const float scale = MASKED ? 1.0f : scale_of(rows.scale[m][r], k_scale[g]);
-                    const float offset = MASKED ? p_max_log2 - base[m][r] : fmaf(-MAGIC, scale, p_max_log2 - base[m][r]);
+                    // x * scale + offset, where x is magic + code
+                    const float scale = scale_of(rows.scale[m][r], k_scale[g]);
+                    const float offset = __fmaf_rd(-magic, scale, __fsub_rd(p_max_log2, base[m][r]));
 #pragma unroll
                     for (int w = g * WORDS; w < (g + 1) * WORDS; ++w) {
                         float values[2 * COLUMNS];
 #pragma unroll
                         for (int i = 0; i < 2 * COLUMNS; ++i) {
                             const float x = __int_as_float(s[m][w * COLUMNS + i / 2][2 * r + i % 2]);
-                            values[i] = ptx::exp2(MASKED ? x + offset : fmaf(x, scale, offset));
+                            values[i] = ptx::exp2(MASKED ? x - base[m][r] + p_max_log2 : fmaf(x, scale, offset));
                             sum += values[i];
                         }
                         p[m][r][w] = Pv::pack(values);
@@ -438,13 +459,14 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct Attention {
             Turn turn[M];
             float base[M][2];
             raise(turn, base, rows, s, k_scale);
+            const float magic = MASKED ? 0.0f : without_magic(s, rows, k_scale);
             // Here V of this tile and K of the next have landed, and all are done with K of this one and V of the one before.
             copies.land();
             __syncthreads();
             copies.start(tile + 2 < at.tile_end, tile + 1 < at.tile_end);
             load_v(v_first, v_here, 0);
             Probabilities p;
-            weigh(p, s, rows, turn, base, k_scale, call.p_max_log2);
+            weigh(p, s, rows, turn, base, k_scale, call.p_max_log2, magic);
             k_here += k_step;
             multiply_pv(rows, p, turn, v_here, v_first, k_first, k_here);
             v_here += v_step;
@@ -460,10 +482,10 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED>
 __global__ void __launch_bounds__(Attention<MODE, DIM, V_DIM, MASKED>::THREADS, Attention<MODE, DIM, V_DIM, MASKED>::TILE.blocks)
     attention_mma(const Call call, const QCodes q, const KCodes k, const VCodes v, const Stats stats, const Mask mask,
                   const Partials partials, const View out, float* lse) {
-#if __CUDA_ARCH__ < 890
-    if constexpr (p_type(MODE) != PType::e4m3)  // fp8 needs compute capability 8.9; kernels.h, has_mode
-#endif
+#ifdef __CUDA_ARCH__
+    if constexpr (has_mode(MODE, __CUDA_ARCH__ / 10))
         Attention<MODE, DIM, V_DIM, MASKED>::run(call, q, k, v, stats, mask, partials, out, lse);
+#endif
 }
 
 }  // namespace sage

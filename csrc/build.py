@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import importlib.util
+import json
 import os
 import re
 import runpy
@@ -47,7 +49,7 @@ class BuildError(Exception):
 
 
 class NothingToBuild(BuildError):
-    """This machine has nothing to build with, or no GPU to build for: no failure, other kernels serve it."""
+    """This machine has nothing to build with, or no GPU to build for. No failure where nobody asked: other kernels serve it."""
 
 
 # ---- what is built for
@@ -87,10 +89,12 @@ def choose_archs(asked: Sequence[str] | None) -> list[str]:
         raise NothingToBuild("no NVIDIA GPU was found to build for: name architectures, for example --archs 8.9,12.0")
     chosen = set()
     for gpu in gpus:
-        major, minor = _version(gpu)
-        fits = [arch for arch in ARCHS if _version(arch)[0] == major and _version(arch)[1] <= minor]
+        older = [arch for arch in ARCHS if _version(arch) <= _version(gpu)]
+        fits = [arch for arch in older if _version(arch)[0] == _version(gpu)[0]]
         if fits:
             chosen.add(max(fits, key=_version))
+        elif older:  # newer than these kernels: its driver compiles the newest of them that it can
+            chosen.add(max(older, key=_version) + PTX)
     if not chosen:
         raise NothingToBuild(
             f"these kernels need compute capability 7.5 or newer and the GPUs here have {', '.join(gpus)}"
@@ -149,9 +153,9 @@ def check_cuda(nvcc: str, cuda: tuple[int, ...], archs: Sequence[str]) -> None:
     for arch in archs:
         needs = ARCHS[arch.removesuffix(PTX)]
         if cuda < needs:
-            raise BuildError(
+            raise NothingToBuild(
                 f"{nvcc} is of CUDA {cuda[0]}.{cuda[1]} and compute capability {arch} needs {'%d.%d' % needs} or newer: "
-                "install a newer CUDA toolkit, or leave that architecture out of --archs"
+                "install a newer CUDA toolkit, or name other architectures with --archs"
             )
 
 
@@ -160,7 +164,7 @@ def find_host_compiler() -> str:
     if found := shutil.which(wanted):
         return found
     how = "open a Developer Command Prompt of Visual Studio" if WINDOWS else "install g++, or set CXX"
-    raise BuildError(f"nvcc needs a C++ compiler and {wanted} was not found: {how}")
+    raise NothingToBuild(f"nvcc needs a C++ compiler and {wanted} was not found: {how}")
 
 
 def missing_tools() -> list[str]:
@@ -299,6 +303,7 @@ def build(
     build_dir = Path(build_dir).resolve()
     try:
         build_dir.mkdir(parents=True, exist_ok=True)
+        _forget_changed(build_dir, folder, tools)
         _write(build_dir / "build_info.h", build_info(folder, archs))
         _write(build_dir / "build.ninja", ninja_text(tools, archs, folder, build_dir))
         say(f"CUDA {tools.cuda[0]}.{tools.cuda[1]}, compute capability {', '.join(archs)}, {jobs} at once")
@@ -312,6 +317,32 @@ def _write(path: Path, text: str) -> None:
     """Leaves a file alone that is so already, because its time tells ninja what to compile."""
     if not path.exists() or path.read_text(encoding="utf-8") != text:
         path.write_text(text, encoding="utf-8")
+
+
+def _forget_changed(build_dir: Path, folder: Path, tools: Toolchain) -> None:
+    """ninja goes by times, and an unpacked release may be older than what was built: objects of other contents are removed."""
+    said = subprocess.run([tools.nvcc, "--version"], capture_output=True, text=True).stdout
+    options = [os.environ.get(name, "") for name in ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS")]
+    state = {"tools": [said, tools.host, *options], "headers": [], "sources": {}}
+    for path in sorted(folder.rglob("*")):
+        if path.suffix in (".h", ".cuh") and build_dir not in path.parents and TOOLS not in path.parents:
+            state["headers"].append([path.relative_to(folder).as_posix(), _digest(path)])
+    for source in sources(folder):
+        state["sources"][source.relative_to(folder).with_suffix("").as_posix()] = _digest(source)
+    kept = build_dir / "state.json"
+    try:
+        before = json.loads(kept.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        before = {}
+    common = all(before.get(part) == state[part] for part in ("tools", "headers"))
+    for name, digest in state["sources"].items():
+        if not common or before["sources"].get(name) != digest:
+            (build_dir / f"{name}.o").unlink(missing_ok=True)
+    kept.write_text(json.dumps(state), encoding="utf-8")
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _run_ninja(ninja: str, build_dir: Path, jobs: int, say: Callable[[str], None]) -> None:

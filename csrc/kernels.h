@@ -22,15 +22,6 @@ void launch_exact(const Call&, View q, View k, View v, const Mask&, const int32_
 void launch_attention(const Call&, const QCodes&, const KCodes&, const VCodes&, const Stats&, const Mask&, const Partials&,
                       View out, float* lse, cudaStream_t);
 
-// Whether the code compiled for an architecture (compute capability times ten) has a mode: fp8 came with 8.9.
-constexpr bool has_mode(Mode mode, int arch) {
-    switch (p_type(mode)) {
-        case PType::u8: return arch >= 75;
-        case PType::f16: return arch >= 80;
-        default: return arch >= 89;
-    }
-}
-
 // Keys that share one flush of the accumulator (and, in int8 PV, one scale of P).
 // arch: compute capability of the compiled code times ten.
 int key_tile(Mode, int dim, int v_dim, int arch);

@@ -44,6 +44,11 @@ enum class PType { f16, u8, e4m3 };
 SAGE_HD constexpr PType p_type(Mode mode) {
     return mode <= Mode::fp16_fp16 ? PType::f16 : mode == Mode::int8_int32 ? PType::u8 : PType::e4m3;
 }
+// Whether code for an architecture (compute capability times ten) has a mode: fp8 came with 8.9, and 7.5's 64 KB of shared memory
+// are too few for V in fp16.
+SAGE_HD constexpr bool has_mode(Mode mode, int arch) {
+    return arch >= (p_type(mode) == PType::u8 ? 75 : p_type(mode) == PType::f16 ? 80 : 89);
+}
 SAGE_HD constexpr int v_bytes(Mode mode) { return p_type(mode) == PType::f16 ? 2 : 1; }
 // Keys in one row of V codes: 64 bytes of them.
 SAGE_HD constexpr int v_row_keys(Mode mode) { return PANEL / v_bytes(mode); }

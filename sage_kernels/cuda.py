@@ -62,11 +62,13 @@ def blocked(device: torch.device) -> str | None:
         return f"the CUDA kernels need an NVIDIA GPU and the tensors are on {device.type}"
     if torch.version.hip is not None:
         return "the CUDA kernels need an NVIDIA GPU and this torch is built for AMD GPUs"
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) < (7, 5):
+        return f"the CUDA kernels need compute capability 7.5 (RTX 20 or newer) and this GPU has {major}.{minor}"
     module = binary()
     if isinstance(module, str):
         return module
     if not arch(device):
-        major, minor = torch.cuda.get_device_capability(device)
         return (
             f"the CUDA binary has kernels for compute capability {', '.join(module.ARCHS)} and this GPU has "
             f"{major}.{minor}: {BUILD}"

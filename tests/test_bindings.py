@@ -9,9 +9,14 @@ import numpy as np
 import pytest
 
 from sage_kernels import PV_MODES, quantize
+from sage_kernels.dispatch import CUDA_AUTO
 from sage_kernels.quantize import GRANULARITIES, PV
+from sage_kernels.sources import source_hash
 
 _C = pytest.importorskip("sage_kernels._C", reason="the CUDA binary is not built", exc_type=ImportError)
+
+if _C.SOURCE_HASH != source_hash():
+    pytest.skip("the CUDA binary is of other sources: run python install.py", allow_module_level=True)
 
 NOWHERE = 10**6  # a device that no machine has: whatever is right about a call ends there
 VIEW = (4096, 1, 2, 3)
@@ -36,7 +41,7 @@ def test_constants():
 
 
 def test_what_a_gpu_runs():
-    """Of its major version, at most its minor; PTX, if there is any, serves what is newer."""
+    """Of its major version, at most its minor."""
     for arch in _C.ARCHS:
         major, minor = map(int, arch.split("."))
         assert _C.arch_for(major, minor) == arch
@@ -47,6 +52,7 @@ def test_what_a_gpu_runs():
 def test_modes():
     for arch in _C.ARCHS:
         modes = _C.modes(arch)
+        assert {mode for mode, _ in CUDA_AUTO[arch].values()} <= set(modes)
         assert set(modes) <= set(PV_MODES) and "int8/int32" in modes
         assert ("fp8/fp32" in modes) == (float(arch) >= 8.9)
         for mode in modes:

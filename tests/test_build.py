@@ -266,6 +266,27 @@ def test_one_gencode_for_each_arch(run):
     assert "-shared -cudart=static" in linked
 
 
+def test_an_older_file_of_other_contents_is_compiled(run, csrc):
+    """A release unpacked over an old tree: ninja sees no newer file."""
+    run()
+    before = run.arguments.read_text().count("\n")
+    source = csrc / "kernel.cu"
+    source.write_text("// other contents")
+    os.utime(source, (1, 1))
+    run()
+    assert "kernel" in "".join(run.arguments.read_text().splitlines(keepends=True)[before:])
+    before = run.arguments.read_text().count("\n")
+    (csrc / "params.h").write_text("// another header")
+    os.utime(csrc / "params.h", (1, 1))
+    run()
+    assert len(run.arguments.read_text().splitlines()[before:]) >= 4, "everything, and the link"
+
+
+def test_gpus_newer_than_the_kernels_get_ptx(monkeypatch):
+    monkeypatch.setattr(build, "gpu_archs", lambda: ["13.0", "8.9"])
+    assert build.choose_archs(None) == ["8.9", "12.0+PTX"]
+
+
 def test_ptx_goes_along_where_it_is_asked_for(run):
     run(archs=["9.0", "8.0+PTX"])
     for line in run.arguments.read_text().splitlines()[:-1]:

@@ -297,7 +297,9 @@ def test_intents_are_ordered(gpu_machine):
 def test_substitution_is_never_less_accurate(gpu_machine, mode):
     """strict=False on a GPU: the nearest mode at least as accurate, named in the notes; strict=True: exactly the mode."""
     loose = choose(Request(AttentionConfig(pv_accum=mode, strict=False), GPU))
-    assert loose.refusal is None and loose.backend == gpu_machine
+    preferred = dispatch.FIRST.get(torch.cuda.get_device_capability(GPU), {}).get("auto")
+    own = preferred == "triton" and mode == dispatch.TRITON_AUTO["auto"][0]  # what is taken first there has it
+    assert loose.refusal is None and loose.backend == ("triton" if own else gpu_machine)
     assert PV[loose.mode].error <= PV[mode].error
     if loose.mode == mode:
         assert loose.notes == ()
@@ -311,9 +313,11 @@ def test_substitution_is_never_less_accurate(gpu_machine, mode):
 
 @pytest.mark.parametrize("mode", PV_MODES)
 def test_a_mode_asked_for_is_served_by_the_kernels_that_have_it(machine, mode):
-    """Whatever backend "auto" prefers on the GPU."""
+    """Those that "auto" prefers on the GPU only if it is their own choice there."""
     machine((9, 0), fake_binary())
-    assert choose(Request(AttentionConfig(pv_accum=mode), GPU)).backend == "cuda"
+    own = dispatch.TRITON_AUTO["auto"][0]
+    assert choose(Request(AttentionConfig(pv_accum=mode), GPU)).backend == ("triton" if mode == own else "cuda")
+    assert choose(Request(AttentionConfig(pv_accum=mode, backend="cuda"), GPU)).backend == "cuda"
 
 
 def test_the_order_of_backends(machine, monkeypatch):

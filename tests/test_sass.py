@@ -49,8 +49,8 @@ def attention_kernels(machine_code):
 
 
 def has_mode(mode, arch):
-    """kernels.h, has_mode."""
-    return not mode.startswith("fp8") or float(arch) >= 8.9
+    """params.h, has_mode."""
+    return float(arch) >= {"int8": 7.5, "fp16": 8.0, "fp8": 8.9}[mode.split("/")[0]]
 
 
 @needs_nvcc

@@ -90,7 +90,8 @@ def attend(
         if INT8_V:
             # P in 0..255 at the tile's own maximum; the matrix unit takes int8, so 128 is taken off each code and
             # given back through the tile's sum of V.
-            p = tl.exp2(score * scale[:, None] - tile_base[:, None])
+            # at most 1: rounding may lift a large score above its own maximum, and a code of 256 would be one of 0
+            p = tl.minimum(tl.exp2(score * scale[:, None] - tile_base[:, None]), 1.0)
             codes = ((p * 255.0 + (MAGIC - 128.0)).to(tl.int32, bitcast=True) & 0xFF).to(tl.int8)
             values = tl.load(v_codes + wide_channel[:, None] * padded + at[None, :])  # [D, BLOCK_N]
             offset = tl.load(v_sums + start // BLOCK_N * D + channel) * 128.0
@@ -99,7 +100,10 @@ def attend(
             acc = acc * shrink[:, None] + part * grow[:, None]
             total = total * shrink + tl.sum(p, 1) * grow
         else:
-            p = tl.exp2(score * scale[:, None] - (base - P_MAX_LOG2)[:, None])
+            if CHECK or MASK != "none":  # a mask may say -1e8, beside which 15 is rounded away
+                p = tl.exp2((score - base[:, None]) + P_MAX_LOG2)
+            else:
+                p = tl.exp2(score * scale[:, None] - (base - P_MAX_LOG2)[:, None])
             values = tl.load(v_codes + at[:, None] * D + channel[None, :])
             acc = tl.dot(p.to(tl.float16), values, acc * shrink[:, None])
             total = total * shrink + tl.sum(p, 1)

@@ -47,7 +47,7 @@ def run(backend, mode, device) -> float:
         options = dict(is_causal=causal, attn_mask=mask)
         out, _ = sage_kernels.attention(q, k, v, return_lse=True, config=config, **options)
         error = relative_l2(out, exact(q, k, v, **options)[0])
-        worst = max(worst, error / tolerance(mode))
+        worst = max(worst, error / tolerance(mode) if out.isfinite().all() or bad else float("inf"))
         what = f"{nq}x{nk} d={d} {dtype} {gran} causal={causal} masked={masked} bad={bad}"
         print(f"{backend} {mode} {what}: relative L2 {error:.4f}", flush=True)
     for lengths in ([70, 1, 60], [3, 0, 900]):

@@ -77,6 +77,38 @@ def test_special_values(which, kernel):
 
 
 @each()
+@pytest.mark.parametrize("size", [7, 20, 200, 3000])
+def test_large_scores(size, kernel):
+    """Scores of hundreds to millions: P's largest code must not wrap or overflow where the exponent is rounded."""
+    config = config_of(kernel)
+    q, k, v = qkv(1, 2, 200, 1000, 64, 1, torch.float16, "cuda")
+    v = v + 2  # so that a row that loses its weight is far off
+    q, k = q * size, k * size
+    out = sage_kernels.attention(q, k, v, config=config)
+    want, _ = emulated(q, k, v, config=config)
+    same_special(out, want)
+    assert relative_l2(out, want) < 0.05  # near ties are won by either side
+
+
+@each()
+@pytest.mark.parametrize("value", [-1e4, -1e6, -1e7, -2e7, -1e8, -1e9, -1e38])
+def test_finite_masks(value, kernel):
+    """Keys masked by a finite number: a first stretch of them, and whole rows, which are then the mean of their values."""
+    config = config_of(kernel)
+    x = qkv(1, 2, 70, 300, 64, 1, torch.float16, "cuda")
+    mask = torch.zeros(70, 300, device="cuda")
+    mask[:, :160] = value
+    mask[60:] = value
+    out = sage_kernels.attention(*x, attn_mask=mask, config=config)
+    want, _ = reference.exact_attention(*x, attn_mask=mask)
+    same_special(out, want)
+    assert relative_l2(out[:, :, :60], want[:, :, :60]) < tolerance(kernel[1])
+    mean = x[2].double().mean(-2, keepdim=True).expand(1, 1, 10, 64).expand(1, 2, 10, 64)
+    if value < -1e7:  # beside it the scores are rounded away or nearly
+        assert (out[:, :, 60:].double() - mean).abs().max() < 0.3
+
+
+@each()
 @pytest.mark.parametrize("which", ["q", "k", "v", "qk", "qkv"])
 def test_zeros(which, kernel):
     """All zeros have no scale; what is hidden stays hidden all the same: keys beyond the end, by the causal rule, by a mask."""
