@@ -205,9 +205,9 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct Attention {
         }
     }
 
-    // The rounding of MAGIC * scale (see weigh) is an error of the exponent. Where it would show, MAGIC is taken off each score.
-    // Returns what is left in them: MAGIC or 0.
-    __device__ static float without_magic(Scores& s, const Rows& rows, const float (&k_scale)[GROUPS]) {
+    // weigh's fast way rounds MAGIC * scale, which is an error of the exponent. Where it would show, the codes become scores less
+    // their base instead, rounded as in raise, so that a row's largest is 0. Returns whether they did.
+    __device__ static bool subtract_base(Scores& s, const Rows& rows, const float (&base)[M][2], const float (&k_scale)[GROUPS]) {
         constexpr float LARGE = 1.0f / 1024;  // the error stays below this; the scale of ordinary inputs is near 1e-4
         bool large = false;
 #pragma unroll
@@ -215,20 +215,23 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct Attention {
 #pragma unroll
             for (int g = 0; g < GROUPS; ++g)
                 large |= fmaxf(rows.scale[m][0], rows.scale[m][1]) * k_scale[g] > LARGE;
-        if (!__any_sync(0xFFFFFFFFu, large)) return MAGIC;
+        if (!__any_sync(0xFFFFFFFFu, large)) return false;
 #pragma unroll
         for (int m = 0; m < M; ++m)
 #pragma unroll
             for (int n = 0; n < N; ++n)
 #pragma unroll
-                for (int i = 0; i < 4; ++i) s[m][n][i] = __float_as_int(__int_as_float(s[m][n][i]) - MAGIC);
-        return 0.0f;
+                for (int i = 0; i < 4; ++i) {
+                    const float score = __fmul_ru(__int_as_float(s[m][n][i]) - MAGIC, scale_of(rows.scale[m][i / 2], k_scale[n / 8]));
+                    s[m][n][i] = __float_as_int(score - base[m][i / 2]);
+                }
+        return true;
     }
 
     // p = 2^(score - base), its sum to the rows' totals, its codes to p. Everything is rounded such that p never passes P's
-    // largest, for its codes have no room above that. magic: what the scores have beside their codes.
+    // largest, for its codes have no room above that. subtracted: by subtract_base.
     __device__ static void weigh(Probabilities& p, const Scores& s, Rows& rows, const Turn (&turn)[M], const float (&base)[M][2],
-                                 const float (&k_scale)[GROUPS], float p_max_log2, float magic) {
+                                 const float (&k_scale)[GROUPS], float p_max_log2, bool subtracted) {
         constexpr int WORDS = P_WORDS / GROUPS, COLUMNS = 8 / WORDS;  // columns of 8 keys in one word: 1 or 2
 #pragma unroll
         for (int m = 0; m < M; ++m)
@@ -237,9 +240,9 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct Attention {
                 float sum = 0.0f;
 #pragma unroll
                 for (int g = 0; g < GROUPS; ++g) {
-                    // x * scale + offset, where x is magic + code
-                    const float scale = scale_of(rows.scale[m][r], k_scale[g]);
-                    const float offset = __fmaf_rd(-magic, scale, __fsub_rd(p_max_log2, base[m][r]));
+                    // x * scale + offset, where x is MAGIC + code
+                    const float scale = subtracted ? 1.0f : scale_of(rows.scale[m][r], k_scale[g]);
+                    const float offset = subtracted ? p_max_log2 : __fmaf_rd(-MAGIC, scale, __fsub_rd(p_max_log2, base[m][r]));
 #pragma unroll
                     for (int w = g * WORDS; w < (g + 1) * WORDS; ++w) {
                         float values[2 * COLUMNS];
@@ -459,14 +462,14 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct Attention {
             Turn turn[M];
             float base[M][2];
             raise(turn, base, rows, s, k_scale);
-            const float magic = MASKED ? 0.0f : without_magic(s, rows, k_scale);
+            const bool subtracted = !MASKED && subtract_base(s, rows, base, k_scale);
             // Here V of this tile and K of the next have landed, and all are done with K of this one and V of the one before.
             copies.land();
             __syncthreads();
             copies.start(tile + 2 < at.tile_end, tile + 1 < at.tile_end);
             load_v(v_first, v_here, 0);
             Probabilities p;
-            weigh(p, s, rows, turn, base, k_scale, call.p_max_log2, magic);
+            weigh(p, s, rows, turn, base, k_scale, call.p_max_log2, subtracted);
             k_here += k_step;
             multiply_pv(rows, p, turn, v_here, v_first, k_first, k_here);
             v_here += v_step;
