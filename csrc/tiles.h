@@ -41,7 +41,7 @@ SAGE_HD constexpr Tile tile_for(Mode mode, int dim, int v_dim, int arch) {
         return int8 ? Tile{1, 4, 128, 2, 4, true} : Tile{1, 4, 64, unpacked ? 2 : 3, 4, true};
     }
     if (int8 && !roomy) return {1, 8, 128, 1, 4, true};
-    if (int8) return arch >= 100 ? Tile{1, 4, 128, 2, 2, false} : Tile{1, 4, 128, 2, 4, true};  // on 10.0 this one spills
+    if (int8 && arch <= 90) return {1, 4, 128, 2, 4, true};  // on 10.0 this one spills
     // 128 keys: fewer barriers, and nothing to flush; two blocks of them take 192 KB
     if (mode == Mode::fp16_fp32 && roomy && arch >= 90) return {1, 4, 128, 2, 4, true};
     return {1, 4, 64, 2, 4, true};
