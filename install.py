@@ -26,7 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     archs = options.archs.replace(" ", "").split(",") if options.archs else None
     try:
-        archs, nvcc = build.choose_archs(archs), build.find_nvcc(options.nvcc)
+        archs, nvcc = build.check_machine(archs, options.nvcc)
         install_tools()
         binary = build.build(archs, options.jobs, nvcc, options.build_dir)
     except build.NothingToBuild as reason:

@@ -42,8 +42,8 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct Attention {
     struct Place {
         Span q, k;
         int64_t q_row, kv_row;
-        int head, first;        // first query of the block
-        int row;                // first query of this thread's warp
+        int head;
+        int row;                   // first query of this thread's warp
         int tile_begin, tile_end;  // of the block
         int whole_end;             // tiles before it have no key that a row of this thread's warp may not see
         int split;
@@ -179,7 +179,8 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct Attention {
         return MASKED ? score : __int_as_float(code);
     }
 
-    // The maxima of a tile's rows, rounded up so that no score is above its own, and what earlier sums and P must be multiplied with. base: what P's exponents are taken from.
+    // The maxima of a tile's rows, rounded up so that no score is above its own, and what earlier sums and P must be multiplied
+    // with. base: what P's exponents are taken from.
     __device__ static void raise(Turn (&turn)[M], float (&base)[M][2], Rows& rows, const Scores& s, const float (&k_scale)[GROUPS]) {
 #pragma unroll
         for (int m = 0; m < M; ++m) {
@@ -382,10 +383,10 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct Attention {
         at.kv_row = int64_t(b) * call.kv_heads + at.head / call.group();
         at.q = span(call.cu_q, b, call.nq);
         at.k = span(call.cu_k, b, call.nk);
-        at.first = block * TILE.rows();
-        at.row = at.first + threadIdx.x / 32 * ROWS;
-        if (at.first >= at.q.n || stats.bad[at.kv_row]) return false;
-        const int stop = call.is_causal ? min(at.k.n, at.first + TILE.rows()) : at.k.n;
+        const int first = block * TILE.rows();
+        at.row = first + threadIdx.x / 32 * ROWS;
+        if (first >= at.q.n || stats.bad[at.kv_row]) return false;
+        const int stop = call.is_causal ? min(at.k.n, first + TILE.rows()) : at.k.n;
         const int tiles = (stop + KEYS - 1) / KEYS;
         const int share = (tiles + call.splits - 1) / call.splits;
         at.tile_begin = min(tiles, at.split * share);

@@ -254,8 +254,9 @@ float* lse_of(const Call& call, uintptr_t address) {
 
 // ---- the steps
 
-// Makes the call's device current, after checking that this binary can run the call there.
-struct On : DeviceGuard {
+// Makes the call's device current, after checking that this binary can run the call there. Other Python threads run meanwhile,
+// so a step has read its Python objects before.
+struct On : private py::gil_scoped_release, private DeviceGuard {
     explicit On(const DeviceCall& c) : DeviceGuard(runnable(c), c.call) {}
 
     static int runnable(const DeviceCall& c) {
@@ -349,6 +350,7 @@ PYBIND11_MODULE(_C, m) {
     m.attr("TINY") = TINY;
     m.attr("LOG2E") = LOG2E;
     m.attr("MASK_LIMIT") = MASK_LIMIT;
+    m.attr("EXACT_P_MAX") = EXACT_P_MAX;
     m.attr("HASH") = HASH;
     m.attr("BLOCK") = BLOCK;
     m.attr("PANEL") = PANEL;

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import importlib.util
 import json
 import os
@@ -41,7 +40,8 @@ PTX = "+PTX"  # after an architecture: its PTX goes along, which the driver of a
 JOB_BYTES = 3 << 29  # what one compiler may take: 1.5 GiB
 
 sys.path.append(str(TOOLS))  # last, so that what is installed comes first
-source_hash = runpy.run_path(str(PACKAGE / "sources.py"))["source_hash"]
+SOURCES = runpy.run_path(str(PACKAGE / "sources.py"))
+digests, source_hash = SOURCES["digests"], SOURCES["source_hash"]
 
 
 class BuildError(Exception):
@@ -109,6 +109,15 @@ def _version(text: str) -> tuple[int, ...]:
 # ---- what builds it
 
 
+def check_machine(asked: Sequence[str] | None, nvcc: str | None) -> tuple[list[str], str]:
+    """The architectures and the nvcc of a build. Fails for whatever is missing that pip cannot bring, so it comes before pip."""
+    archs, nvcc = choose_archs(asked), find_nvcc(nvcc)
+    check_cuda(nvcc, cuda_version(nvcc), archs)
+    find_host_compiler()
+    python_headers()
+    return archs, nvcc
+
+
 @dataclass(frozen=True)
 class Toolchain:
     nvcc: str
@@ -118,8 +127,7 @@ class Toolchain:
     includes: tuple[str, ...]
 
     @staticmethod
-    def find(nvcc: str | None = None) -> Toolchain:
-        nvcc = find_nvcc(nvcc)
+    def find(nvcc: str) -> Toolchain:
         return Toolchain(nvcc, cuda_version(nvcc), find_host_compiler(), find_ninja(), includes())
 
 
@@ -197,10 +205,15 @@ def includes() -> tuple[str, ...]:
         import pybind11
     except ImportError as error:
         raise BuildError(f"pybind11 is not installed: {sys.executable} -m pip install pybind11") from error
-    python = sysconfig.get_path("include")
-    if not os.path.isfile(os.path.join(python, "Python.h")):
-        raise BuildError(f"Python.h is not in {python}: install the development files of this Python (python3-dev)")
-    return pybind11.get_include(), python
+    return pybind11.get_include(), python_headers()
+
+
+def python_headers() -> str:
+    """The folder of Python.h."""
+    folder = sysconfig.get_path("include")
+    if not os.path.isfile(os.path.join(folder, "Python.h")):
+        raise BuildError(f"Python.h is not in {folder}: install the development files of this Python (python3-dev)")
+    return folder
 
 
 def bounded_jobs(asked: int | None, cores: int, free_bytes: int | None) -> int:
@@ -296,9 +309,8 @@ def build(
     say: Callable[[str], None] = print,
 ) -> Path:
     """Compile `folder` into `package`/_C and return where that is. Only what changed is compiled again."""
+    archs, nvcc = check_machine(archs, nvcc)
     tools = Toolchain.find(nvcc)
-    archs = choose_archs(archs)
-    check_cuda(tools.nvcc, tools.cuda, archs)
     jobs = bounded_jobs(jobs, cores(), free_memory())
     build_dir = Path(build_dir).resolve()
     try:
@@ -323,26 +335,20 @@ def _forget_changed(build_dir: Path, folder: Path, tools: Toolchain) -> None:
     """ninja goes by times, and an unpacked release may be older than what was built: objects of other contents are removed."""
     said = subprocess.run([tools.nvcc, "--version"], capture_output=True, text=True).stdout
     options = [os.environ.get(name, "") for name in ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS")]
-    state = {"tools": [said, tools.host, *options], "headers": [], "sources": {}}
-    for path in sorted(folder.rglob("*")):
-        if path.suffix in (".h", ".cuh") and build_dir not in path.parents and TOOLS not in path.parents:
-            state["headers"].append([path.relative_to(folder).as_posix(), _digest(path)])
-    for source in sources(folder):
-        state["sources"][source.relative_to(folder).with_suffix("").as_posix()] = _digest(source)
+    headers, files = {}, {}
+    for name, digest in digests(folder).items():
+        (headers if name.endswith((".h", ".cuh")) else files)[name] = digest
+    state = {"common": [said, tools.host, *options, headers], "files": files}
     kept = build_dir / "state.json"
     try:
         before = json.loads(kept.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        before = {}
-    common = all(before.get(part) == state[part] for part in ("tools", "headers"))
-    for name, digest in state["sources"].items():
-        if not common or before["sources"].get(name) != digest:
-            (build_dir / f"{name}.o").unlink(missing_ok=True)
+        known = before["files"] if before["common"] == state["common"] else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        known = {}  # there is none, or it is broken or another version's
+    for name, digest in files.items():
+        if known.get(name) != digest:
+            (build_dir / name).with_suffix(".o").unlink(missing_ok=True)
     kept.write_text(json.dumps(state), encoding="utf-8")
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _run_ninja(ninja: str, build_dir: Path, jobs: int, say: Callable[[str], None]) -> None:

@@ -40,10 +40,11 @@ struct Rows {
     uint32_t up[2], down[2];  // bit 4 * slice + i: the query sees a +inf or NaN (-inf or NaN) in that channel
 };
 
-// Tokens first .. first + ROWS, channels channel .. channel + SLICE into shared memory, zeros where there are none. True if this
-// thread met a NaN or an inf.
+// Tokens first .. first + ROWS, channels channel .. channel + SLICE, times `scale`, into shared memory, zeros where there are
+// none. True if this thread met a NaN or an inf.
 template <DType DTYPE, int WIDTH>
-__device__ __forceinline__ bool stage(const Tokens<DTYPE>& in, int first, int channel, float (&to)[ROWS][WIDTH], int column) {
+__device__ __forceinline__ bool stage(const Tokens<DTYPE>& in, int first, int channel, float (&to)[ROWS][WIDTH], int column,
+                                      float scale = 1.0f) {
     const int c = threadIdx.x % SLICE;
     bool odd = false;
 #pragma unroll
@@ -51,7 +52,7 @@ __device__ __forceinline__ bool stage(const Tokens<DTYPE>& in, int first, int ch
         const int row = threadIdx.x / SLICE + i * (THREADS / SLICE);
         const bool inside = first + row < in.n && channel + c < in.head_dim;
         const float x = inside ? to_float<DTYPE>(__ldg(in.data + (first + row) * in.stride + channel + c)) : 0.0f;
-        to[row][column + c] = x;
+        to[row][column + c] = x * scale;
         odd = odd || !(fabsf(x) < INFINITY);
     }
     return odd;
@@ -59,7 +60,7 @@ __device__ __forceinline__ bool stage(const Tokens<DTYPE>& in, int first, int ch
 
 __device__ __forceinline__ float4 read4(const float* at) { return *reinterpret_cast<const float4*>(at); }
 
-// q . k of the thread's queries and the keys x and x + 16, x = thread % 16.
+// q . k of the thread's queries, which are scaled, and the keys x and x + 16, x = thread % 16.
 template <DType DTYPE> __device__ __forceinline__ void dot(Shared& s, const Tokens<DTYPE>& k, int first, float (&score)[2][2]) {
     const int x = threadIdx.x % 16, y = threadIdx.x / 16;
     for (int channel = 0; channel < k.head_dim; channel += SLICE) {
@@ -96,7 +97,7 @@ __device__ __forceinline__ void weigh(Shared& s, Rows& rows, const float (&score
         float sum = 0.0f;
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
-            const float p = visible[i][j] ? exp2f(score[i][j] - base) : 0.0f;
+            const float p = visible[i][j] ? exp2f(score[i][j] - base) * EXACT_P_MAX : 0.0f;
             s.p[y + 16 * i][x + 16 * j] = p;
             sum += p;
         }
@@ -183,7 +184,7 @@ __device__ __forceinline__ void attend(const ExactJob& job, Shared& s, const Tok
                 // the mask alone, for a score of -inf may be a visible one
                 const float bias = exists ? masked(0.0f, mask, m, n) : -INFINITY;
                 visible[i][j] = bias != -INFINITY;
-                score[i][j] = visible[i][j] ? score[i][j] * job.call.q_factor + bias : -INFINITY;
+                score[i][j] = visible[i][j] ? score[i][j] * LOG2E + bias : -INFINITY;
             }
         weigh(s, rows, score, visible);
         add_values(s, v, start, rows);
@@ -211,7 +212,8 @@ __device__ __forceinline__ void store(const ExactJob& job, const Rows& rows, int
                 static_cast<T*>(job.out.data)[out + m * job.out.n + channel] = from_float<DTYPE>(empty ? 0.0f : value);
             }
         if (x == 0 && job.call.return_lse)
-            job.lse[int64_t(row) * job.call.nq + m] = empty ? -INFINITY : (rows.top[i] + log2f(rows.total[i])) / LOG2E;
+            job.lse[int64_t(row) * job.call.nq + m] =
+                empty ? -INFINITY : (rows.top[i] + log2f(rows.total[i] / EXACT_P_MAX)) / LOG2E;
     }
 }
 
@@ -228,7 +230,8 @@ template <DType DTYPE> __global__ void __launch_bounds__(THREADS, 1) exact_kerne
     const int64_t out = (call.cu_q ? 0 : b) * job.out.b + h * job.out.h + span(call.cu_q, b, call.nq).first * job.out.n;
     for (int first = blockIdx.x % job.programs * ROWS; first < q.n; first += job.programs * ROWS) {
         __syncthreads();
-        for (int channel = 0; channel < q.head_dim; channel += SLICE) stage(q, first, channel, s.q, channel);
+        // scaled before and not after q . k, which may be larger than a float can be where the score is not
+        for (int channel = 0; channel < q.head_dim; channel += SLICE) stage(q, first, channel, s.q, channel, call.sm_scale);
         Rows rows{};
         rows.top[0] = rows.top[1] = -INFINITY;
         attend(job, s, k, v, mask, first, q.n, rows);

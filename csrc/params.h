@@ -28,6 +28,7 @@ constexpr float LARGEST = 1e36f;     // a head that holds a larger magnitude, a 
 constexpr float TINY = 1e-35f;       // a group whose largest magnitude is below this is all zeros
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr float MASK_LIMIT = 2e38f;  // of a finite additive mask, whose values are multiplied by LOG2E
+constexpr float EXACT_P_MAX = 0x1p-32f;  // P's factor in exact attention: 2^31 values of any size then add up to a float
 constexpr uint32_t HASH = 0x9E3779B1u;  // the sign of channel c in the rotation is the top bit of c * HASH
 constexpr int BLOCK = 128;           // tokens are padded to a multiple of this
 constexpr int PANEL = 64;            // K and V codes come in rows of this many bytes; also the keys of one K scale
@@ -109,13 +110,15 @@ struct Call {
     }
 };
 
-// Tokens of sequence b: `first` within the packed tokens (0 for a padded batch), `n` of them.
+// Tokens of sequence b: `first` within the packed tokens (0 for a padded batch), `n` of them. Never more than the longest that
+// the caller named: all memory is sized by that, and nobody has looked at cu.
 struct Span {
     int64_t first;
     int n;
 };
 SAGE_HD Span span(const int32_t* cu, int b, int n) {
-    return cu ? Span{cu[b], cu[b + 1] - cu[b]} : Span{0, n};
+    const int own = cu ? cu[b + 1] - cu[b] : n;
+    return {cu ? cu[b] : 0, own < 0 ? 0 : own < n ? own : n};
 }
 
 // Hands out aligned parts of one allocation; with a null base it only counts bytes.
@@ -131,7 +134,7 @@ struct Carver {
 
 // Known of K and V before they are quantised.
 struct Stats {
-    int32_t* bad;      // [kv_rows] 1 where q, k or v holds a NaN, an inf or a magnitude of LARGEST
+    int32_t* bad;      // [kv_rows] 1 where q, k or v holds a NaN, an inf or a magnitude of LARGEST, or where a mean is inf
     int32_t* arrived;  // [kv_rows] programs of the statistics that are done
     int64_t* v_sums;   // [kv_rows, dim] sum of V's codes in units of code_unit(mode); 0 before quantisation
     int64_t zeroed;    // bytes from `bad` on that must be zero at the start

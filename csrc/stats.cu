@@ -106,9 +106,11 @@ __device__ __forceinline__ void finish(const StatsJob& job, int64_t row, int n, 
         for (int g = 1; g < groups; ++g) total[k] = join(k, total[k], shared[(g * 4 + k) * call.dim + threadIdx.x]);
     }
     const int64_t at = row * call.dim + threadIdx.x;
+    const float k_mean = call.smooth_k && n > 0 ? __fdiv_rn(total[0], n) : 0.0f;
     const float v_mean = call.smooth_v && n > 0 ? __fdiv_rn(total[1], n) : 0.0f;
+    if (!(fabsf(k_mean) < INFINITY && fabsf(v_mean) < INFINITY)) job.stats.bad[row] = 1;  // each is ordinary, their sum is not
     const float top = n > 0 ? fmaxf(fabsf(total[3] - v_mean), fabsf(total[2] - v_mean)) : 0.0f;
-    job.stats.k_mean[at] = call.smooth_k && n > 0 ? __fdiv_rn(total[0], n) : 0.0f;
+    job.stats.k_mean[at] = k_mean;
     job.stats.v_mean[at] = v_mean;
     const float scale = scale_of_v(call, top);
     job.stats.v_scale[at] = scale;

@@ -30,7 +30,7 @@ SAGE_HD constexpr Tile tile_for(Mode mode, int dim, int v_dim, int arch) {
 #ifdef SAGE_TUNE_TILE
     return Tile{SAGE_TUNE_TILE};
 #endif
-    const bool roomy = arch == 80 || arch == 90 || arch == 100 || arch == 103;
+    const bool roomy = arch == 80 || arch == 90 || arch == 100;
     const bool int8 = mode == Mode::int8_int32, fp8 = p_type(mode) == PType::e4m3;
     if (dim == 256) {  // more registers than there are: these tiles spill least. Q in shared memory where it fits beside
         if (roomy) return {1, 4, 64, 2, 2, true};

@@ -32,8 +32,8 @@ def attention(
     hides have no weight, but they share means and scales with the others: what pads should be of ordinary size.
     Returns out in q's dtype and layout; with return_lse also the log-sum-exp of the scores (natural log, float32
     [b, heads, nq]). A query that sees no key gives 0 and -inf. Where q, k or v of a kv head holds a NaN, an inf
-    or a magnitude above 1e36, that head is computed without quantisation, so that NaN stands only where exact float32
-    attention has it. Magnitudes below 1e-35 count as 0.
+    or a magnitude above 1e36, or where their mean would be inf, that head is computed without quantisation, so that NaN
+    stands only where exact float32 attention has it. Magnitudes below 1e-35 count as 0.
     Raises TypeError or ValueError for bad arguments, RuntimeError where no backend of this machine can run the config.
     """
     problem = check_inputs(

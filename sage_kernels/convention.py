@@ -123,7 +123,8 @@ def sageattn_varlen(
     q [total_q, heads, d]; k and v [total_k, kv_heads, d]. Sequence i owns the tokens from cu_seqlens[i] to
     cu_seqlens[i + 1]; cu_seqlens_q and cu_seqlens_k are int32 [sequences + 1] on q's device, starting at 0 and ending at
     the total. max_seqlen_q and max_seqlen_k are at least the longest lengths. K is smoothed within each sequence.
-    The values of cu_seqlens are not read on the host, so a wrong one cannot be reported.
+    The values of cu_seqlens are not read on the host, so a wrong one cannot be reported. Where a sequence is longer than
+    max_seqlen_q or max_seqlen_k, a GPU leaves its further tokens out: the queries give 0, and the keys take no part.
     """
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):

@@ -68,10 +68,16 @@ def blocked(device: torch.device) -> str | None:
     module = binary()
     if isinstance(module, str):
         return module
-    if not arch(device):
+    kernels, driver, needed = arch(device), module.driver_version(), module.CUDA_RUNTIME
+    if not kernels:
         return (
             f"the CUDA binary has kernels for compute capability {', '.join(module.ARCHS)} and this GPU has "
             f"{major}.{minor}: {BUILD}"
+        )
+    if not kernels.startswith(f"{major}.") and driver < needed:  # a driver reads no PTX newer than itself
+        return (
+            f"the GPU driver supports CUDA {_dotted(driver)} and needs {_dotted(needed)} to compile the CUDA binary for "
+            f"this GPU ({major}.{minor}): update the driver, or with an older CUDA toolkit {BUILD}"
         )
     return None
 

@@ -14,6 +14,7 @@ KEY_TILE = 64  # keys between two flushes of a low-precision accumulator
 INT8_KEY_TILE = 128  # keys that share one scale of P in int8 PV; 128 * 255 * 127 < 2**22 keeps the flush exact
 HASH = 0x9E3779B1  # see rotation_signs
 MASK_LIMIT = 2e38  # of a finite additive mask, whose values are multiplied by LOG2E
+EXACT_P_MAX = 2.0**-32  # P's factor in exact attention: 2**31 values of any size then add up to a float
 LARGEST = 1e36  # a head that holds a larger magnitude, a NaN or an inf is computed exactly
 TINY = 1e-35  # a group whose largest magnitude is below this is all zeros
 

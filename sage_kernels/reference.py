@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .config import AttentionConfig
 from .quantize import (
+    EXACT_P_MAX,
     GRANULARITIES,
     INT8_KEY_TILE,
     KEY_TILE,
@@ -121,14 +122,14 @@ def exact_attention(
             score = query @ call.k[..., cols, :].to(dtype).mT
             score = _hide(score if bias is None else score + bias.to(dtype), allowed)
             new_top = torch.maximum(top, score.amax(-1))  # NaN wins, as it should
-            p = _exp(score - _finite_or_zero(new_top)[..., None], torch.exp, allowed)
+            p = _exp(score - _finite_or_zero(new_top)[..., None], torch.exp, allowed) * EXACT_P_MAX
             shrink = torch.exp(top - _finite_or_zero(new_top))
             acc = acc * shrink[..., None] + _weigh(p, call.v[..., cols, :].to(dtype), allowed)
             total = total * shrink + p.sum(-1)
             top = new_top
         empty = total == 0
         out[..., rows, :] = torch.where(empty[..., None], 0.0, acc / total[..., None])
-        lse[..., rows] = torch.where(empty, float("-inf"), top + torch.log(total))
+        lse[..., rows] = torch.where(empty, float("-inf"), top + torch.log(total / EXACT_P_MAX))
     return out.flatten(1, 2), lse.flatten(1, 2)
 
 
@@ -170,10 +171,14 @@ def attention(
     sm_scale: float | None = None,
     attn_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The reference backend: the emulation, with kv heads that hold a NaN, an inf or a huge number computed exactly."""
+    """The reference backend: the emulation, with kv heads that hold a NaN, an inf or huge numbers computed exactly."""
     options = dict(is_causal=is_causal, sm_scale=sm_scale, attn_mask=attn_mask)
     out, lse = emulate(q, k, v, config=config, **options)  # type: ignore[arg-type]
-    bad = ~(_head_is_ordinary(q, k.shape[1]) & _head_is_ordinary(k) & _head_is_ordinary(v))  # [b, g]
+    ordinary = _head_is_ordinary(q, k.shape[1]) & _head_is_ordinary(k) & _head_is_ordinary(v)  # [b, g]
+    for x, smoothed in ((k, config.smooth_k), (v, config.smooth_v)):
+        if smoothed:
+            ordinary &= x.float().mean(-2).isfinite().all(-1)
+    bad = ~ordinary
     if bool(bad.any()):
         exact_out, exact_lse = exact_attention(q, k, v, dtype=torch.float32, **options)  # type: ignore[arg-type]
         bad = bad.repeat_interleave(q.shape[1] // k.shape[1], dim=1)[..., None]

@@ -9,20 +9,19 @@ import hashlib
 from pathlib import Path
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
+SUFFIXES = (".cu", ".cuh", ".h", ".cpp")
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """The sha256 of each source under `folder`, by its name there; what csrc/build holds is none."""
+    found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*.*")}
+    kept = {name: path for name, path in found.items() if path.suffix in SUFFIXES and not name.startswith("build/")}
+    # without the line ends that git may check out on Windows
+    texts = {name: path.read_bytes().replace(b"\r\n", b"\n") for name, path in kept.items()}
+    return {name: hashlib.sha256(text).hexdigest() for name, text in texts.items()}
 
 
 def source_hash(folder: Path = CSRC) -> str | None:
-    """16 hex digits of the sources under `folder` (csrc/build is not one), or None where there are none, as in a wheel."""
-    found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*.*")}
-    kept = {
-        name: path
-        for name, path in found.items()
-        if path.suffix in (".cu", ".cuh", ".h", ".cpp") and not name.startswith("build/")
-    }
-    if not kept:
-        return None
-    total = hashlib.sha256()
-    for name, path in sorted(kept.items()):
-        text = path.read_bytes().replace(b"\r\n", b"\n")  # as git may check it out on Windows
-        total.update(f"{name}\0{len(text)}\0".encode() + text)
-    return total.hexdigest()[:16]
+    """16 hex digits of all sources under `folder`, or None where there are none, as in a wheel."""
+    found = sorted(digests(folder).items())
+    return hashlib.sha256(repr(found).encode()).hexdigest()[:16] if found else None

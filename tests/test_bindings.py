@@ -33,7 +33,7 @@ def call(**changes):
 
 
 def test_constants():
-    for name in ("LARGEST", "TINY", "LOG2E", "MASK_LIMIT"):
+    for name in ("LARGEST", "TINY", "LOG2E", "MASK_LIMIT", "EXACT_P_MAX"):
         assert getattr(_C, name) == np.float32(getattr(quantize, name))
     assert _C.HASH == quantize.HASH
     assert {granularity.k_block for granularity in GRANULARITIES.values()} == {_C.PANEL}

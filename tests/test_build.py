@@ -282,6 +282,18 @@ def test_an_older_file_of_other_contents_is_compiled(run, csrc):
     assert len(run.arguments.read_text().splitlines()[before:]) >= 4, "everything, and the link"
 
 
+@pytest.mark.parametrize("kept", [None, "{", "[]", '{"tools": [], "headers": [], "sources": {}}'])
+def test_objects_of_unknown_contents_are_compiled(run, kept):
+    run()
+    state = run.arguments.with_name("state.json")
+    assert run() == ["CUDA 13.0, compute capability 8.9, 1 at once"]
+    if kept is None:
+        state.unlink()
+    else:
+        state.write_text(kept)
+    assert len(run()) == 5, "everything, and the link"
+
+
 def test_gpus_newer_than_the_kernels_get_ptx(monkeypatch):
     monkeypatch.setattr(build, "gpu_archs", lambda: ["13.0", "8.9"])
     assert build.choose_archs(None) == ["8.9", "12.0+PTX"]
@@ -378,11 +390,31 @@ def test_install_says_what_triton_lacks(monkeypatch):
 def test_install_builds(monkeypatch, capsys, tmp_path):
     given = []
     monkeypatch.setattr(build, "build", lambda *options: given.append(options) or "here")
-    monkeypatch.setattr(build, "find_nvcc", lambda given: given)
+    monkeypatch.setattr(build, "check_machine", lambda *given: given)
     monkeypatch.setattr(build, "missing_tools", lambda: [])
     options = ["--archs", "8.9, 9.0", "--jobs", "2", "--nvcc", "/x/nvcc", "--build-dir", str(tmp_path)]
     assert install.main(options) == 0
     assert given == [(["8.9", "9.0"], 2, "/x/nvcc", tmp_path)] and "Built here" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "release, compiler, headers, words",
+    [
+        ("12.4", "sh", True, "needs 12.8"),
+        ("13.0", "no g++", True, "no g++ was not found"),
+        ("13.0", "sh", False, "Python.h"),
+    ],
+)
+def test_install_fetches_nothing_in_vain(bare, monkeypatch, capsys, nvcc, tmp_path, release, compiler, headers, words):
+    monkeypatch.setattr(install, "install_tools", lambda: pytest.fail("pip is run"))
+    monkeypatch.setattr(build, "gpu_archs", lambda: ["12.0"])
+    monkeypatch.setenv("CUDA_HOME", str(Path(nvcc(release)).parents[1]))
+    monkeypatch.setenv("CXX", shutil.which(compiler, path=os.defpath) or compiler)
+    if not headers:
+        monkeypatch.setattr(build.sysconfig, "get_path", lambda name: str(tmp_path))
+    assert install.main([]) == (0 if headers else 1)
+    said = capsys.readouterr()
+    assert words in said.out + said.err
 
 
 def test_install_that_fails(monkeypatch, capsys, tmp_path):

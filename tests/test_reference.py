@@ -167,6 +167,17 @@ def test_v_range_never_overflows_fp16():
         assert bool(out.isfinite().all()) and relative(out, v[:, :, :3]) < 0.05
 
 
+@pytest.mark.parametrize("which", "kv")
+def test_sums_beyond_float32_are_served_exactly(which):
+    """600 numbers of 8e35, each of which may be quantised, have no mean in float32, and no sum that P weighs alike."""
+    x = dict(zip("qkv", qkv(nq=20, nk=600), strict=True))
+    x[which] = 8e35 * (1 + 0.05 * x[which].clamp(-3, 3))
+    x["q"] = x["q"] * (1e-35 if which == "k" else 0)
+    out, lse = reference.attention(*x.values(), config=config("int8/int32"))
+    want, want_lse = reference.exact_attention(*x.values())
+    assert relative(out, want) < 1e-4 and relative(lse, want_lse) < 1e-4
+
+
 class LargestTensor(TorchDispatchMode):
     """Remembers the most elements any operation's result had."""
 

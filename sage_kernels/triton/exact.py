@@ -1,4 +1,4 @@
-"""Unquantised float32 attention for the heads whose q, k or v holds a NaN or inf; returns at once for all others.
+"""Unquantised float32 attention for the heads flagged for a NaN, an inf or huge numbers; returns at once for all others.
 
 It exists so that a NaN or inf stands exactly where exact attention has it, so the products that decide are IEEE float32
 (no matrix unit, no speed): q . k here, and in p . v the values are finite by construction.
@@ -7,10 +7,12 @@ It exists so that a NaN or inf stands exactly where exact attention has it, so t
 import triton
 import triton.language as tl
 
+from .. import quantize as shared
 from .attention import LN2, LOG2E, apply_mask
 from .quantize import load_tokens, span
 
 STEP = tl.constexpr(32)  # channels of q . k at a time
+P_MAX = tl.constexpr(shared.EXACT_P_MAX)
 
 
 @triton.jit(do_not_specialize=["heads", "group", "nq", "nk"])
@@ -53,13 +55,14 @@ def exact_kernel(
             for at in range(0, D, STEP):
                 query = load_tokens(q, m, stride_qn, q_len, at, STEP, HEAD_DIM).to(tl.float32)
                 keys = load_tokens(k, n, stride_kn, k_len, at, STEP, HEAD_DIM).to(tl.float32)
-                score = tl.dot(query, tl.trans(keys), score, input_precision="ieee")
+                # scaled before and not after q . k, which may be larger than a float can be where the score is not
+                score = tl.dot(query * sm_scale, tl.trans(keys), score, input_precision="ieee")
             score, visible = apply_mask(
-                score * (sm_scale * LOG2E), m, n, q_len, k_len, mask, stride_mq, stride_mk, CAUSAL, MASK, MASK_ROWS
+                score * LOG2E, m, n, q_len, k_len, mask, stride_mq, stride_mk, CAUSAL, MASK, MASK_ROWS
             )
             new_top = tl.maximum(top, tl.max(score, 1))
             base = tl.where(new_top == float("-inf"), 0.0, new_top)
-            p = tl.where(visible, tl.exp2(score - base[:, None]), 0.0)
+            p = tl.where(visible, tl.exp2(score - base[:, None]) * P_MAX, 0.0)
             shrink = tl.exp2(top - base)
             values = load_tokens(v, n, stride_vn, k_len, 0, D, HEAD_DIM).to(tl.float32)
             finite = tl.abs(values) < float("inf")
@@ -78,5 +81,5 @@ def exact_kernel(
         at_row = out + (q_start + m[:, None]) * stride_on
         tl.store(at_row + channel[None, :], acc.to(out.dtype.element_ty), mask=inside)
         if LSE:
-            value = tl.where(empty, float("-inf"), (top + tl.log2(total)) * LN2)
+            value = tl.where(empty, float("-inf"), (top + tl.log2(total / P_MAX)) * LN2)
             tl.store(lse + row * nq + m, value, mask=m < q_len)

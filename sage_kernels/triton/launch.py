@@ -107,7 +107,7 @@ class Statistics:
     k_mean_rotated: Tensor
     v_mean: Tensor
     v_scale: Tensor
-    bad: Tensor  # int32 [b * kv_heads]: 1 where q, k or v holds a NaN, an inf or a magnitude of LARGEST
+    bad: Tensor  # int32 [b * kv_heads]: 1 where q, k or v holds a NaN, an inf or a magnitude of LARGEST, or a mean is inf
 
 
 @dataclass(frozen=True)
@@ -246,7 +246,7 @@ def _statistics(call: Call, k: Tensor, v: Tensor) -> Statistics:
         HEAD_DIM=call.head_dim, D=dim, ROWS=4096 // dim, VARLEN=call.varlen,
     )  # fmt: skip
     quantize.finish_stats_kernel[(kv_rows,)](
-        partial, call.cu_k, k_mean, k_mean_rotated, v_mean, v_scale, call.kv_heads, call.nk, chunks,
+        partial, call.cu_k, k_mean, k_mean_rotated, v_mean, v_scale, known.bad, call.kv_heads, call.nk, chunks,
         v_range(config.pv_accum, call.nk), D=dim, VARLEN=call.varlen, ROTATE=config.rotate,
         SMOOTH_K=config.smooth_k, SMOOTH_V=config.smooth_v, POWER_OF_TWO=not call.int8_v,
     )  # fmt: skip

@@ -1,7 +1,8 @@
 """Fused quantisation of q, k and v for the attention kernel. docs/algorithm.md, "Quantisation".
 
 Everything is written padded with zeros to whole tiles of BLOCK tokens and D channels, so that the attention kernel loads
-without bounds. A kv head that holds a NaN, an inf or a magnitude of LARGEST is flagged in `bad`; exact.py then serves it.
+without bounds. A kv head that holds a NaN, an inf or a magnitude of LARGEST, or whose mean is inf, is flagged in `bad`;
+exact.py then serves it.
 """
 
 import triton
@@ -20,10 +21,11 @@ HASH = tl.constexpr(shared.HASH)
 
 @triton.jit
 def span(cu, b, n, VARLEN: tl.constexpr):
-    """(first token, number of tokens) of batch entry b: row b of a padded batch, or the packed sequence b."""
+    """(first token, number of tokens) of batch entry b: row b of a padded batch, or the packed sequence b. Never more than
+    n, the longest that the caller named: all memory is sized by that, and nobody has looked at cu."""
     if VARLEN:
         first = tl.load(cu + b)
-        return first.to(tl.int64), tl.load(cu + b + 1) - first
+        return first.to(tl.int64), tl.minimum(tl.maximum(tl.load(cu + b + 1) - first, 0), n)
     else:
         return tl.zeros((), tl.int64), n
 
@@ -137,7 +139,7 @@ def stats_kernel(
 
 @triton.jit(do_not_specialize=["kv_heads", "nk", "chunks"])
 def finish_stats_kernel(
-    partial, cu_k, k_mean, k_mean_rotated, v_mean, v_scale,
+    partial, cu_k, k_mean, k_mean_rotated, v_mean, v_scale, bad,
     kv_heads, nk, chunks, v_max,
     D: tl.constexpr, ROTATE: tl.constexpr, SMOOTH_K: tl.constexpr, SMOOTH_V: tl.constexpr,
     POWER_OF_TWO: tl.constexpr, VARLEN: tl.constexpr,
@@ -158,6 +160,8 @@ def finish_stats_kernel(
         high = tl.maximum(high, tl.load(at + 3 * D))
     k_mean_value = k_sum / n if SMOOTH_K else tl.zeros([D], tl.float32)
     v_mean_value = v_sum / n if SMOOTH_V else tl.zeros([D], tl.float32)
+    finite = (tl.abs(k_mean_value) < float("inf")) & (tl.abs(v_mean_value) < float("inf"))
+    tl.store(bad + row, 1, mask=(n > 0) & (tl.min(finite.to(tl.int32), 0) == 0))  # each is ordinary, their sum is not
     top = tl.maximum(tl.abs(high - v_mean_value), tl.abs(low - v_mean_value))
     if POWER_OF_TWO:
         scale = tl.exp2(tl.ceil(tl.log2(top / v_max)))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from checks import close, exact, qkv, relative_l2, tolerance
-from kernels import ONE_EACH, config_of, each, emulated, ends_of, limit
+from kernels import ONE_EACH, ROUNDING, config_of, each, emulated, ends_of, limit
 
 import sage_kernels
 
@@ -15,6 +15,37 @@ def test_values_that_fp16_cannot_hold(kernel, dtype, size):
     v = (v.float().clamp(-3, 3) / 3 * size).to(dtype)
     out = sage_kernels.attention(q, k, v, config=config_of(kernel))
     assert relative_l2(out, exact(q, k, v)[0]) < tolerance(kernel[1])
+
+
+@each()
+@pytest.mark.parametrize("sm_scale", [None, -0.1, 0.0])
+def test_scores_that_only_the_scale_keeps_within_float32(kernel, sm_scale):
+    """q . k passes 3.4e38 in every row, its product with the scale in none; and what an inf does is the same."""
+    q, k, v = (x.cuda() for x in qkv(nq=70, nk=150))
+    q, k = q * 3, k * 1e37
+    q[0, 1, 5, 3] = float("inf")
+    out, lse = sage_kernels.attention(q, k, v, sm_scale=sm_scale, return_lse=True, config=config_of(kernel))
+    want, want_lse = exact(q, k, v, sm_scale=sm_scale)
+    close(out, want, 1e-4)
+    close(lse, want_lse, 1e-4)
+
+
+@each()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("which", "kv")
+def test_sums_beyond_float32(kernel, which, dtype):
+    """600 numbers of 8e35, each of which may be quantised, have no mean in float32. Half of the queries weigh all keys alike."""
+    x = dict(zip("qkv", (x.cuda() for x in qkv(nq=70, nk=600, dtype=dtype)), strict=True))
+    x[which] = (8e35 * (1 + 0.05 * x[which].float().clamp(-3, 3))).to(dtype)
+    if which == "k":
+        x["q"] *= 1e-35
+    x["q"][:, :, ::2] = 0
+    out, lse = sage_kernels.attention(
+        *x.values(), return_lse=True, config=config_of(kernel, smooth_k=True, smooth_v=True)
+    )
+    want, want_lse = exact(*x.values())
+    close(out, want, 1e-4 + ROUNDING[dtype])
+    close(lse, want_lse, 1e-4)
 
 
 @each()
@@ -80,3 +111,23 @@ def test_an_empty_sequence_gives_zeros(kernel):
             q, k, v, ends_of([10, 10, 10]), ends_of(k_lengths), 10, 10, False, 0.125, code
         )
         assert not out[zeros].any() and bool(out.isfinite().all()) and bool(out.any()) == (zeros.stop == 20)
+
+
+@each()
+@pytest.mark.parametrize("value", [1.0, float("nan")], ids=["quantised", "exact"])
+def test_sequences_longer_than_was_said(kernel, value, poisoned):
+    """No kernel works on tokens beyond max_seqlen: queries give 0, keys take no part. A negative length is none."""
+    q, k, v = (torch.randn(n, 2, 64, device="cuda", dtype=torch.float16) for n in (800, 900, 900))
+    v[3, :, 5] = value
+    q_ends, k_ends = ends_of([300, 150, 350]), ends_of([600, -100, 400])
+    poisoned()
+    out = torch.ops.sage_kernels.attention_varlen(
+        q, k, v, q_ends, k_ends, 100, 70, False, 0.125, config_of(kernel).encode()
+    )
+    for first, k_first, keys in ((0, 0, 70), (300, 600, 0), (450, 500, 70)):
+        rows, cols = slice(first, first + 100), slice(k_first, k_first + keys)
+        alone = [x[None, part].transpose(1, 2) for x, part in ((q, rows), (k, cols), (v, cols))]
+        want = exact(*alone)[0][0].transpose(0, 1) if keys else torch.zeros_like(out[rows])
+        close(out[rows], want, tolerance(kernel[1]))
+        out[rows] = 0
+    assert not out.any()
