@@ -159,11 +159,11 @@ def commit() -> str:
     return "unknown" if not head else head + ("-dirty" if changes else "")
 
 
-def save(result: dict, rows: list[dict], out: str) -> Path:
+def save(result: dict, rows: list[dict], out: str, prefix: str = "") -> Path:
     path = Path(out) if out else ROOT / "benchmarks" / "results"
     if path.suffix != ".json":
         gpu = re.sub(r"[^a-z0-9]+", "-", result["machine"].lower()).strip("-")
-        path = path / f"{gpu}-{result['date'][:10].replace('-', '')}-{result['commit']}.json"
+        path = path / f"{prefix}{gpu}-{result['date'][:10].replace('-', '')}-{result['commit']}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = ",\n  ".join(json.dumps(row, ensure_ascii=False) for row in rows)  # a row a line, so that diffs can be read
     head = json.dumps(result, ensure_ascii=False)[:-1]

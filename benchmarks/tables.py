@@ -1,4 +1,4 @@
-"""Writes the newest result file's tables between the markers of README.md, docs/numbers.md and docs/accuracy.md.
+"""Writes the newest result files' tables between the markers of README.md, docs/numbers.md and docs/accuracy.md.
 
 python benchmarks/tables.py            # after `make bench`
 python benchmarks/tables.py --check    # exit code 1 if a table is not what the newest result file gives
@@ -31,14 +31,22 @@ OURS = ("cuda", "triton", "reference")
 DISTRIBUTIONS = ("gauss", "peaky", "outlier")
 
 
+WITH_MODELS = ("README.md", "docs/numbers.md")  # that also show end_to_end.py's table, once it has a result file
+
+
 def is_benchmark(result: dict) -> bool:
     """Whether bench.py wrote it; test runs and hardware counters stand beside its files."""
-    return any("rel_l2" in row for row in result.get("rows", ()))
+    return any("rel_l2" in row for row in result.get("rows", ())) and not is_end_to_end(result)
 
 
-def newest(folder: Path) -> Path | None:
-    """The result file with the latest date in it."""
-    files = [path for path in folder.glob("*.json") if is_benchmark(json.loads(path.read_text(encoding="utf-8")))]
+def is_end_to_end(result: dict) -> bool:
+    """Whether end_to_end.py wrote it."""
+    return any("model" in row for row in result.get("rows", ()))
+
+
+def newest(folder: Path, kind=is_benchmark) -> Path | None:
+    """The result file of a kind with the latest date in it."""
+    files = [path for path in folder.glob("*.json") if kind(json.loads(path.read_text(encoding="utf-8")))]
     return max(files, key=lambda path: json.loads(path.read_text(encoding="utf-8"))["date"], default=None)
 
 
@@ -114,9 +122,51 @@ def accuracy(rows: list[dict]) -> str:
     return markdown(["", *DISTRIBUTIONS], [[name, *cells] for name, cells in cell.items()])
 
 
+def steps(rows: list[dict]) -> str:
+    """end_to_end.py's rows: seconds a step, memory and error of whole models; then the videos of the demo's model."""
+    cudnn = {row["model"]: row["ms"] for row in rows if row["mode"] == "cudnn"}
+    lines, videos = [], []
+    for row in rows:
+        cells = [row["name"], label(row)]
+        served = sum(taken["calls"] for taken in row.get("taken", ()))
+        calls = served + sum(passed["calls"] for passed in row.get("passed", ()))
+        share = f"{served} of {calls}" if calls else "-"
+        if row.get("error"):
+            (videos if row["model"] == "demo" else lines).append([*cells, "fails", "-", "-", share])
+        elif row["model"] == "demo":
+            videos.append([*cells, f"{row['psnr_db']:.1f}", f"{row['psnr_min_db']:.1f}", row["recognised"], share])
+        else:
+            against = cudnn.get(row["model"]) if row["backend"] in OURS else None
+            ratio = f" ({against / row['ms']:.2f}×)" if against else ""
+            memory = f"{row['peak_gib']:.1f}" if "peak_gib" in row else "-"
+            error = "-" if row["rel_l2"] is None else f"{row['rel_l2']:.4f}"
+            lines.append([*cells, f"{row['ms'] / 1e3:.3g}{ratio}", memory, error, share])
+    tables = [markdown(["model", "attention", "s a step", "GiB", "rel. L2", "calls served"], lines)] if lines else []
+    head = ["model", "attention", "PSNR, dB", "least", "recognised", "calls served"]
+    return "\n\n".join(tables + ([markdown(head, videos)] if videos else []))
+
+
+def end_to_end(result: dict, source: str) -> str:
+    """What the documents show of an end_to_end.py result file."""
+    reasons = dict.fromkeys(passed["reason"] for row in result["rows"] for passed in row.get("passed", ()))
+    return (
+        f"Whole models in ComfyUI's sampler, with random bf16 weights ({machine_of(result)}): the time of a step (in brackets: the "
+        "ratio to torch's cuDNN attention), the most memory, and the relative L2 of the model's output against that with "
+        "cuDNN, of which ComfyUI's own has what rounding alone does. Of the demo's trained model: the PSNR of ten videos "
+        "against those with cuDNN."
+        + (f" Attention calls not served: {'; '.join(reasons)}." if reasons else "")
+        + f" From {source}.\n\n"
+        + steps(result["rows"])
+    )
+
+
+def machine_of(result: dict) -> str:
+    return f"{result['machine']}, driver {result['driver']}, torch {result['torch']}, commit {result['commit']}"
+
+
 def render(result: dict, source: str) -> str:
-    """Everything between the markers."""
-    where = f"{result['machine']}, driver {result['driver']}, torch {result['torch']}, commit {result['commit']}"
+    """Everything between the markers, but for whole models."""
+    where = machine_of(result)
     parts = []
     if any(map(is_timed, result["rows"])):
         parts.append(
@@ -161,6 +211,7 @@ def update(root: Path, check: bool) -> list[str]:
             f"{root / 'benchmarks' / 'results'} holds no result file: run make bench on a machine with a GPU"
         )
     result = json.loads(source.read_text(encoding="utf-8"))
+    models = newest(root / "benchmarks" / "results", is_end_to_end)
     changed = []
     for name, shown in DOCUMENTS.items():
         path = root / name
@@ -169,6 +220,9 @@ def update(root: Path, check: bool) -> list[str]:
         text = path.read_text(encoding="utf-8")
         rows = [row for row in result["rows"] if shown(row)]
         table = render({**result, "rows": rows}, source.relative_to(root).as_posix())
+        if models and name in WITH_MODELS:
+            whole = json.loads(models.read_text(encoding="utf-8"))
+            table += "\n\n" + end_to_end(whole, models.relative_to(root).as_posix())
         new = replaced(text, table, name)
         if new != text:
             changed.append(name)

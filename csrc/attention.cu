@@ -14,37 +14,59 @@ namespace {
 
 constexpr int MAX_DEVICES = 64;
 
-// The kernel of a call. Instantiated one mode a file, in instantiations/.
-AttentionKernel find_kernel(const Call& c, bool masked) {
+const void* find_mma(const Call& c, bool masked) {
     switch (c.mode) {
-        case Mode::fp16_fp32: return attention_kernel<Mode::fp16_fp32>(c.v_dim, masked);
-        case Mode::fp16_fp16_fp32: return attention_kernel<Mode::fp16_fp16_fp32>(c.v_dim, masked);
-        case Mode::fp16_fp16: return attention_kernel<Mode::fp16_fp16>(c.v_dim, masked);
-        case Mode::int8_int32: return attention_kernel<Mode::int8_int32>(c.v_dim, masked);
-        case Mode::fp8_fp32_fp32: return attention_kernel<Mode::fp8_fp32_fp32>(c.v_dim, masked);
-        case Mode::fp8_fp32_fp16: return attention_kernel<Mode::fp8_fp32_fp16>(c.v_dim, masked);
-        case Mode::fp8_fp32: return attention_kernel<Mode::fp8_fp32>(c.v_dim, masked);
+        case Mode::fp16_fp32: return mma_kernel<Mode::fp16_fp32>(c.v_dim, masked);
+        case Mode::fp16_fp16_fp32: return mma_kernel<Mode::fp16_fp16_fp32>(c.v_dim, masked);
+        case Mode::fp16_fp16: return mma_kernel<Mode::fp16_fp16>(c.v_dim, masked);
+        case Mode::int8_int32: return mma_kernel<Mode::int8_int32>(c.v_dim, masked);
+        case Mode::fp8_fp32_fp32: return mma_kernel<Mode::fp8_fp32_fp32>(c.v_dim, masked);
+        case Mode::fp8_fp32_fp16: return mma_kernel<Mode::fp8_fp32_fp16>(c.v_dim, masked);
+        case Mode::fp8_fp32: return mma_kernel<Mode::fp8_fp32>(c.v_dim, masked);
         default: throw std::invalid_argument("mode is not one of the PV modes");
     }
 }
 
-// The architecture that the code running on `device` was compiled for, times ten; its kernels may use all the shared memory they
-// ask for from then on. Asked once for every kernel and device.
-int prepare(AttentionKernel kernel, const Call& c) {
-    static std::atomic<int> known[int(Mode::count)][4][2][MAX_DEVICES];
+Launch find_wgmma(const Call& c, bool masked) {
+    switch (c.mode) {
+        case Mode::fp16_fp32: return wgmma_kernel<Mode::fp16_fp32>(c.v_dim, masked);
+        case Mode::int8_int32: return wgmma_kernel<Mode::int8_int32>(c.v_dim, masked);
+        case Mode::fp8_fp32_fp32: return wgmma_kernel<Mode::fp8_fp32_fp32>(c.v_dim, masked);
+        case Mode::fp8_fp32_fp16: return wgmma_kernel<Mode::fp8_fp32_fp16>(c.v_dim, masked);
+        case Mode::fp8_fp32: return wgmma_kernel<Mode::fp8_fp32>(c.v_dim, masked);
+        default: throw std::invalid_argument("mode is not one of those that wgmma has");
+    }
+}
+
+// How mma.sync's tile for an architecture is launched.
+Launch launch_of(const void* kernel, const Call& c, int arch) {
+    const Tile tile = tile_for(c.mode, c.dim, c.v_dim, arch);
+    return {kernel, tile.rows(), tile.threads(), tile.shared_bytes(c.mode, c.dim, c.v_dim, arch)};
+}
+
+// The kernel of a call on the current device, which may use all the shared memory it asks for from then on. What that takes is
+// asked once for every kernel and device: the architecture that the code running there was compiled for, times ten.
+Launch find_kernel(const Call& c, bool masked) {
+    static std::atomic<int> known[2][int(Mode::count)][4][2][MAX_DEVICES];
     int device = 0;
     check(cudaGetDevice(&device), "cudaGetDevice", c);
     if (device >= MAX_DEVICES) throw std::invalid_argument("device is " + std::to_string(device) + "; at most 63 is supported");
-    std::atomic<int>& arch = known[int(c.mode)][c.v_dim == 64 ? 0 : c.v_dim == 96 ? 1 : c.v_dim == 128 ? 2 : 3][kernel.masked][device];
-    if (arch.load() == 0) {
+    const int size = c.v_dim == 64 ? 0 : c.v_dim == 96 ? 1 : c.v_dim == 128 ? 2 : 3;
+    std::atomic<int>& asked = known[c.wgmma][int(c.mode)][size][masked][device];
+    Launch launch = c.wgmma ? find_wgmma(c, masked) : Launch{find_mma(c, masked), 0, 0, 0};
+    int arch = asked.load();
+    const bool first = arch == 0;
+    if (first) {
         cudaFuncAttributes attributes;
-        check(cudaFuncGetAttributes(&attributes, kernel.function), "attention_mma", c);
-        const Tile tile = tile_for(c.mode, c.dim, c.v_dim, attributes.ptxVersion);
-        check(cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                   tile.shared_bytes(c.mode, c.dim, c.v_dim, attributes.ptxVersion)), "attention_mma", c);
-        arch.store(attributes.ptxVersion);
+        check(cudaFuncGetAttributes(&attributes, launch.function), "attention", c);
+        arch = attributes.ptxVersion;
     }
-    return arch.load();
+    if (!c.wgmma) launch = launch_of(launch.function, c, arch);
+    if (first) {
+        check(cudaFuncSetAttribute(launch.function, cudaFuncAttributeMaxDynamicSharedMemorySize, launch.shared_bytes), "attention", c);
+        asked.store(arch);
+    }
+    return launch;
 }
 
 // One thread takes 8 channels of one query: the parts' sums, each brought to the largest maximum.
@@ -89,7 +111,7 @@ unsigned grid(int64_t blocks, const Call& c) {
 int key_tile(Mode mode, int dim, int v_dim, int arch) { return tile_for(mode, dim, v_dim, arch).keys; }
 
 int choose_splits(const Call& c, int multiprocessors, int arch) {
-    const Tile tile = tile_for(c.mode, c.dim, c.v_dim, arch);
+    const Tile tile = c.wgmma ? Tile{1, WGMMA_ROWS / 16, WGMMA_KEYS, 1, 1, false} : tile_for(c.mode, c.dim, c.v_dim, arch);
     const int64_t blocks = c.q_rows() * ((c.nq + tile.rows() - 1) / tile.rows());
     const int64_t wanted = int64_t(multiprocessors) * tile.blocks / blocks;  // at least a whole share of the card each
     const int64_t most = c.nk / (4 * tile.keys);                            // below four tiles a part costs more than it gains
@@ -99,14 +121,12 @@ int choose_splits(const Call& c, int multiprocessors, int arch) {
 
 void launch_attention(const Call& c, const QCodes& q, const KCodes& k, const VCodes& v, const Stats& stats, const Mask& mask,
                       const Partials& partials, View out, float* lse, cudaStream_t stream) {
-    const AttentionKernel kernel = find_kernel(c, mask.kind != MaskKind::none);
-    const int arch = prepare(kernel, c);
-    const Tile tile = tile_for(c.mode, c.dim, c.v_dim, arch);
-    const int64_t blocks = c.q_rows() * c.splits * ((c.nq + tile.rows() - 1) / tile.rows());
+    const Launch kernel = find_kernel(c, mask.kind != MaskKind::none);
+    const int64_t blocks = c.q_rows() * c.splits * ((c.nq + kernel.rows - 1) / kernel.rows);
     void* arguments[] = {const_cast<Call*>(&c), const_cast<QCodes*>(&q), const_cast<KCodes*>(&k), const_cast<VCodes*>(&v),
                          const_cast<Stats*>(&stats), const_cast<Mask*>(&mask), const_cast<Partials*>(&partials), &out, &lse};
-    check(cudaLaunchKernel(kernel.function, dim3(grid(blocks, c)), dim3(tile.threads()), arguments,
-                           tile.shared_bytes(c.mode, c.dim, c.v_dim, arch), stream), "attention_mma", c);
+    check(cudaLaunchKernel(kernel.function, dim3(grid(blocks, c)), dim3(kernel.threads), arguments, kernel.shared_bytes, stream),
+          c.wgmma ? "attention_wgmma" : "attention_mma", c);
     if (c.splits > 1) {
         const int64_t threads = c.q_rows() * c.nq * (c.v_dim / 8);
         combine<<<grid((threads + 255) / 256, c), 256, 0, stream>>>(c, q, stats, partials, out, lse);

@@ -83,19 +83,34 @@ int arch_for(int major, int minor) {
     return own ? own : ptx;
 }
 
-int arch_of(int device, const Call& call) {
-    int count = 0, major = 0, minor = 0;
-    if (cudaGetDeviceCount(&count) != cudaSuccess) {
-        cudaGetLastError();  // no driver or no GPU: none is counted
-        count = 0;
-    }
-    if (device >= count) fail("device is ", device, "; CUDA devices here: ", count);
+int device_count() {
+    int count = 0;
+    if (cudaGetDeviceCount(&count) == cudaSuccess) return count;
+    cudaGetLastError();  // no driver or no GPU: none is counted
+    return 0;
+}
+
+int capability(int device, const Call& call) {
+    int major = 0, minor = 0;
     check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute", call);
     check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "cudaDeviceGetAttribute", call);
-    const int arch = arch_for(major, minor);
+    return major * 10 + minor;
+}
+
+int arch_of(int device, const Call& call) {
+    const int count = device_count();
+    if (device >= count) fail("device is ", device, "; CUDA devices here: ", count);
+    const int own = capability(device, call), arch = arch_for(own / 10, own % 10);
     if (!arch)
-        fail("device ", device, " has compute capability ", major, ".", minor, "; this binary has kernels for ", SAGE_ARCHS);
+        fail("device ", device, " has compute capability ", arch_name(own), "; this binary has kernels for ", SAGE_ARCHS);
     return arch;
+}
+
+// wgmma is of 9.0 alone, and not in PTX that is compiled for another.
+bool runs_wgmma(int device, const Call& call) {
+    for (const Compiled& c : compiled())
+        if (c.arch == 90) return device < device_count() && capability(device, call) == 90;
+    return false;
 }
 
 // ---- a call
@@ -121,6 +136,7 @@ class Keywords {
         fail(name, " is ", quoted(given), "; it must be an integer, ", low, " to ", high);
     }
     int size(const char* name, int high) { return int(integer(name, 1, high)); }
+    bool has(const char* name) const { return left_.contains(name); }
     bool flag(const char* name) { return integer(name, 0, 1) != 0; }
     template <class T> T address(const char* name) { return reinterpret_cast<T>(integer(name, 0, INT64_MAX)); }
     float number(const char* name) {
@@ -195,6 +211,10 @@ DeviceCall make_call(const py::kwargs& given) {
     c.splits = take.size("splits", most_splits(c));
     made.device = int(take.integer("device", 0, INT_MAX));
     made.stream = take.address<cudaStream_t>("stream");
+    const bool able = has_wgmma(c.mode, c.dim, c.v_dim), asked = take.has("wgmma");
+    c.wgmma = asked ? take.flag("wgmma") : able && runs_wgmma(made.device, c);
+    if (c.wgmma && !able)
+        fail("wgmma is 1; there is no kernel with it for ", MODES[int(c.mode)], " at head_dim ", c.head_dim);
     take.done();
     return made;
 }
@@ -309,6 +329,8 @@ void attention(const DeviceCall& c, uintptr_t known, uintptr_t q_codes, uintptr_
     const View out_view = view("out", out);
     float* const lse_to = lse_of(c.call, lse);
     const On device(c);
+    if (c.call.wgmma && !runs_wgmma(c.device, c.call))
+        fail("wgmma is 1; device ", c.device, " or this binary, with kernels for ", SAGE_ARCHS, ", does not have it");
     launch_attention(c.call, q, k, v, from, hidden, parts, out_view, lse_to, c.stream);
 }
 
@@ -354,6 +376,7 @@ PYBIND11_MODULE(_C, m) {
     m.attr("HASH") = HASH;
     m.attr("BLOCK") = BLOCK;
     m.attr("PANEL") = PANEL;
+    m.attr("WGMMA_KEYS") = WGMMA_KEYS;
     m.attr("PART_Q") = int(PART_Q);
     m.attr("PART_K") = int(PART_K);
     m.attr("PART_V") = int(PART_V);
@@ -361,6 +384,7 @@ PYBIND11_MODULE(_C, m) {
     py::class_<DeviceCall>(m, "Call")
         .def(py::init(&make_call))
         .def_property("splits", [](const DeviceCall& c) { return c.call.splits; }, &set_splits)
+        .def_property_readonly("wgmma", [](const DeviceCall& c) { return c.call.wgmma; })
         .def("bytes", &scratch_bytes)
         .def("__repr__", [](const DeviceCall& c) { return "Call(" + describe(c.call) + ", " + MODES[int(c.call.mode)] + ")"; });
 

@@ -36,6 +36,8 @@ ARCHS = {
     "10.0": (12, 8),
     "12.0": (12, 8),
 }
+# wgmma is in the code of 9.0 that no other runs; its PTX is plain, for newer ones to compile.
+FEATURES = {"9.0": "a"}
 PTX = "+PTX"  # after an architecture: its PTX goes along, which the driver of any newer GPU can compile
 JOB_BYTES = 3 << 29  # what one compiler may take: 1.5 GiB
 
@@ -100,6 +102,11 @@ def choose_archs(asked: Sequence[str] | None) -> list[str]:
             f"these kernels need compute capability 7.5 or newer and the GPUs here have {', '.join(gpus)}"
         )
     return sorted(chosen, key=_version)
+
+
+def code_name(arch: str) -> str:
+    """What nvcc calls the machine code of an architecture: 90a of 9.0."""
+    return arch.replace(".", "") + FEATURES.get(arch, "")
 
 
 def _version(text: str) -> tuple[int, ...]:
@@ -267,9 +274,10 @@ def ninja_text(tools: Toolchain, archs: Sequence[str], folder: Path, build_dir: 
 
     gencodes = []
     for arch in archs:
-        code = arch.removesuffix(PTX).replace(".", "")
+        code = code_name(arch.removesuffix(PTX))
         gencodes.append(f"-gencode=arch=compute_{code},code=sm_{code}")
         if arch.endswith(PTX):
+            code = arch.removesuffix(PTX).replace(".", "")
             gencodes.append(f"-gencode=arch=compute_{code},code=compute_{code}")
     host = ["/MD", "/EHsc", "/O2"] if WINDOWS else ["-fPIC", "-fvisibility=hidden"]
     flags = ["-ccbin", tools.host, "-std=c++17", "-O3", *gencodes, *(f"-Xcompiler={flag}" for flag in host)]

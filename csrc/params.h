@@ -32,6 +32,8 @@ constexpr float EXACT_P_MAX = 0x1p-32f;  // P's factor in exact attention: 2^31 
 constexpr uint32_t HASH = 0x9E3779B1u;  // the sign of channel c in the rotation is the top bit of c * HASH
 constexpr int BLOCK = 128;           // tokens are padded to a multiple of this
 constexpr int PANEL = 64;            // K and V codes come in rows of this many bytes; also the keys of one K scale
+constexpr int WGMMA_KEYS = 128;      // in a tile of attention_wgmma
+constexpr int WGMMA_PANEL = 128;     // for wgmma, V codes come in rows of this many bytes
 
 enum class DType : int { f16, bf16, f32 };
 
@@ -54,6 +56,11 @@ SAGE_HD constexpr int v_bytes(Mode mode) { return p_type(mode) == PType::f16 ? 2
 // Keys in one row of V codes: 64 bytes of them.
 SAGE_HD constexpr int v_row_keys(Mode mode) { return PANEL / v_bytes(mode); }
 
+// Whether there is a kernel for 9.0 that uses wgmma. Sums of fp16 products in fp16 stay with mma.sync, and so do wide heads.
+SAGE_HD constexpr bool has_wgmma(Mode mode, int dim, int v_dim) {
+    return dim <= 128 && v_dim <= 128 && mode != Mode::fp16_fp16_fp32 && mode != Mode::fp16_fp16;
+}
+
 // V codes are stored as the matrix instructions eat them (docs/cuda.md, "Layouts"): a row of 64 bytes holds the keys of one
 // channel, in the order in which a thread's scores come out of Q K^T.
 SAGE_HD constexpr int key_position(int key, int row_keys) {
@@ -63,6 +70,17 @@ SAGE_HD constexpr int key_position(int key, int row_keys) {
 SAGE_HD constexpr int channel_row(int channel) {
     const int x = channel % 32;
     return channel - x + 8 * (x % 8 / 2) + 2 * (x / 8) + x % 2;
+}
+
+// The same for wgmma, whose rows of V have 128 bytes: where among the codes of its row a key of 1 or 2 bytes is. A wgmma takes
+// 32 bytes of a row; of those a thread's P has, from each half, the 4 that start at 4 * (lane % 4).
+SAGE_HD constexpr int wgmma_key_position(int key, int v_bytes) {
+    return v_bytes == 2 ? key : key / 16 * 16 + 4 * (key % 8 / 2) + 2 * (key / 8 % 2) + key % 2;
+}
+// Rows of K (dim bytes) and V lie as wgmma reads them from shared memory without bank conflicts, its swizzle of 64 or 128 bytes:
+// where byte `at` of row `row` is within that row.
+SAGE_HD constexpr int swizzled(int at, int row, int row_bytes) {
+    return at ^ row * row_bytes / 128 % (row_bytes / 16) * 16;
 }
 
 // [b, h, n, d] of any layout with d contiguous; strides in elements.
@@ -89,6 +107,7 @@ struct Call {
     DType dtype;   // of q, k, v and out
     int q_block, q_sub, k_sub;  // quantize.Granularity; k_block is PANEL
     bool is_causal, smooth_k, smooth_v, rotate, return_lse;
+    bool wgmma;        // K and V codes lie as wgmma reads them (attention_wgmma), else as mma.sync does (attention_mma)
     float sm_scale;    // as given
     float q_factor;    // sm_scale * log2(e): scores are in base 2
     float v_max;       // V is scaled per channel to this
@@ -185,7 +204,7 @@ struct QCodes {
 };
 
 struct KCodes {
-    int8_t* codes;  // [kv_rows, k_padded / 64, dim / 64, 64 tokens, 64 channels]
+    int8_t* codes;  // [kv_rows, k_padded / 64, dim / 64, 64 tokens, 64 channels]; wgmma: [kv_rows, k_padded, dim], rows swizzled
     float* scale;   // [kv_rows, k_groups]
     int64_t bytes;
     SAGE_HD static KCodes carve(const Call& c, void* base) {
@@ -199,7 +218,9 @@ struct KCodes {
 };
 
 struct VCodes {
-    uint8_t* codes;  // [kv_rows, k_padded / v_row_keys, v_dim rows in channel_row order, 64 bytes in key_position order]
+    // [kv_rows, k_padded / v_row_keys, v_dim rows in channel_row order, 64 bytes in key_position order]; wgmma: twice the keys a
+    // row, [..., v_dim rows in channel_row order, 128 bytes in wgmma_key_position order], rows swizzled
+    uint8_t* codes;
     int64_t bytes;
     SAGE_HD static VCodes carve(const Call& c, void* base) {
         Carver at{static_cast<char*>(base)};

@@ -65,6 +65,14 @@ template <DType DTYPE, int DIM, bool IS_K> struct Int8Tokens {
     __device__ __forceinline__ int group(int local) const { return (local >> block() << sub()) + (local % 8 >> (3 - sub())); }
     static __device__ __forceinline__ int channel(int i, int lane) { return (i * LANES + lane) * 8; }
 
+    // Where the codes of a token's channels from c on lie, from those of the program's first token on.
+    __device__ __forceinline__ int place(int local, int c) const {
+        if (!IS_K) return local * DIM + c;
+        const int rows = local * DIM + swizzled(c, local, DIM);
+        const int panels = (local / PANEL * DIM + c / PANEL * PANEL + local % PANEL) * PANEL + c % PANEL;
+        return DIM <= 128 && call.wgmma ? rows : panels;
+    }
+
     __device__ __forceinline__ bool shifts() const { return !IS_K && job.q_codes.lse_shift; }
 
     // What smoothing K took from this token's scores.
@@ -110,8 +118,7 @@ template <DType DTYPE, int DIM, bool IS_K> struct Int8Tokens {
         const float top = __int_as_float(shared.top[group(local)]);
         const float inverse = top > TINY && local < shared.count ? __fdiv_rn(127.0f, top) : 0.0f;
         const bool odd = lane % 2;
-        int8_t* codes = IS_K ? job.k_codes.codes : job.q_codes.codes;
-        codes += (shared.base + (IS_K ? local / PANEL * PANEL : local)) * DIM;
+        int8_t* codes = (IS_K ? job.k_codes.codes : job.q_codes.codes) + shared.base * DIM;
 #pragma unroll
         for (int i = 0; i < 4; i += 2) {
             uint32_t own[2], got[2];
@@ -122,9 +129,7 @@ template <DType DTYPE, int DIM, bool IS_K> struct Int8Tokens {
                 own[word] = odd ? second : first;
                 got[word] = __shfl_xor_sync(~0u, odd ? first : second, 1);
             }
-            const int c = channel(i + odd, lane - odd);
-            const int at = IS_K ? c / PANEL * (PANEL * PANEL) + local % PANEL * PANEL + c % PANEL : c;
-            *reinterpret_cast<uint4*>(codes + at) =
+            *reinterpret_cast<uint4*>(codes + place(local, channel(i + odd, lane - odd))) =
                 odd ? uint4{got[0], got[1], own[0], own[1]} : uint4{own[0], own[1], got[0], got[1]};
         }
     }

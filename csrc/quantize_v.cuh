@@ -149,7 +149,7 @@ __device__ __forceinline__ void gather_v(const VShared<DIM>& shared, int key, in
     }
 }
 
-// 64 tokens of V. 16 lanes write the 64 bytes that a channel has of 64 (1 byte) or 32 (2 bytes) keys.
+// 64 tokens of V. 16 lanes write the 64 bytes that a channel has of 64 (1 byte) or 32 (2 bytes) keys: a row, or half of wgmma's.
 template <DType DTYPE, int DIM, PType TYPE>
 __device__ __forceinline__ void quantize_v(const CodesJob& job, int row, int first, VShared<DIM>& shared) {
     const Call& call = job.call;
@@ -167,10 +167,21 @@ __device__ __forceinline__ void quantize_v(const CodesJob& job, int row, int fir
         uint32_t words[8];
         const int key = (BYTES == 2 ? 32 * i + word % 4 * 8 : word % 4 * 16) + word / 4 * 2;  // the inverse of key_position
         gather_v<DIM, BYTES>(shared, key, chunk, words);
-        const int64_t at = (shared.base / TILE * ROWS + i) * call.v_dim + channel_row(chunk * 8);
-        uint32_t* codes = reinterpret_cast<uint32_t*>(job.v_codes.codes + at * PANEL) + word;
+        const int64_t stretch = shared.base / TILE * ROWS + i;
+        const int first_row = channel_row(chunk * 8);  // channel_row of a chunk and within it add up
+        uint32_t* codes = reinterpret_cast<uint32_t*>(job.v_codes.codes);
+        if (DIM <= 128 && call.wgmma) {
+            const int at = int(stretch % 2) * PANEL + (word % 4 * 4 + word / 4) * 4;
+            codes += (stretch / 2 * call.v_dim + first_row) * (WGMMA_PANEL / 4);
+            uint32_t* const of_parity[2] = {codes + swizzled(at, first_row, WGMMA_PANEL) / 4,
+                                            codes + swizzled(at, first_row + 1, WGMMA_PANEL) / 4};
 #pragma unroll
-        for (int j = 0; j < 8; ++j) codes[channel_row(j) * PANEL / 4] = words[j];  // channel_row of a chunk and within it add up
+            for (int j = 0; j < 8; ++j) of_parity[j % 2][channel_row(j) * (WGMMA_PANEL / 4)] = words[j];
+        } else {
+            codes += (stretch * call.v_dim + first_row) * (PANEL / 4) + word;
+#pragma unroll
+            for (int j = 0; j < 8; ++j) codes[channel_row(j) * (PANEL / 4)] = words[j];
+        }
     }
 }
 

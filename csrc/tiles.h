@@ -47,4 +47,7 @@ SAGE_HD constexpr Tile tile_for(Mode mode, int dim, int v_dim, int arch) {
     return {1, 4, 64, 2, 4, true};
 }
 
+// attention_wgmma: two warpgroups of 64 queries each, one block on a multiprocessor.
+constexpr int WGMMA_ROWS = 128;
+
 }  // namespace sage

@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 import math
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
@@ -25,6 +27,8 @@ BUILD = f"run {sys.executable} install.py in {PACKAGE.parent}"
 # Bytes of q, k and v from which a call quantises them one by one, so that each can be freed before the next one's codes
 # are allocated. Below, one launch for all three saves time.
 LARGE = 256 << 20
+
+_forced: dict[str, int] = {}  # what `with_wgmma` adds to each call
 
 View = tuple[int, int, int, int]  # address, and strides of batch, head and token in elements
 
@@ -190,9 +194,27 @@ def _prepare(
         splits=1,
         device=device.index,
         stream=stream,
+        **_forced,
     )
     call.splits = binary().choose_splits(call, _multiprocessors(device), arch(device))
     return call
+
+
+@contextmanager
+def with_wgmma(wanted: bool) -> Iterator[None]:
+    """Within it every call uses wgmma, or none does, where otherwise the GPU decides: for tests and benchmarks.
+
+    Where mode or head_dim have no kernel with wgmma, wanting it is an error; where the GPU has none, its last step is.
+    """
+    before = dict(_forced)
+    _forced["wgmma"] = int(wanted)
+    _prepare.cache_clear()
+    try:
+        yield
+    finally:
+        _forced.clear()
+        _forced.update(before)
+        _prepare.cache_clear()
 
 
 @lru_cache(maxsize=32)

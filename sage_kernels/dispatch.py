@@ -121,9 +121,9 @@ CUDA_AUTO = {
     "8.6": _auto(INT8, FP16),
     # int8 has the rate of fp8/fp32+fp16 and twice that of fp8/fp32+fp32
     "8.9": _auto(INT8, FP16),
-    # int8 is the only 8-bit mma.sync there: of fp8 it is fp16's with unpacking before it
+    # wgmma: fp8/fp32 is faster by a twentieth at twice the error, fp16/fp32 slower by an eighth at three quarters of it
     "9.0": _auto(INT8, FP16),
-    # predicted as 9.0, not measured
+    # int8 is the only 8-bit mma.sync there: of fp8 it is fp16's with unpacking before it
     "10.0": _auto(INT8, FP16),
     # as 8.9
     "12.0": _auto(INT8, FP16),
@@ -147,10 +147,7 @@ TABLE = (
 # Backends are asked in the table's order. Where mode and backend are left to us, these are asked first: compute capability
 # -> intent -> backend.
 FIRST = {
-    # H200, 1,40,32760,128, TFLOPS of a whole call: Triton's fp16/fp32 643 (error 0.016), ours int8/int32 556 (0.019) and
-    # fp16/fp32 464. Triton has wgmma, these kernels mma.sync, which reaches less than two thirds of its rate there.
-    (9, 0): dict.fromkeys(INTENTS, "triton"),
-    # predicted as 9.0, not measured: mma.sync is not the way to their matrix rate, either
+    # predicted, not measured: mma.sync is not the way to their matrix rate, and these kernels use wgmma on 9.0 alone
     (10, 0): dict.fromkeys(INTENTS, "triton"),
     (10, 3): dict.fromkeys(INTENTS, "triton"),
 }

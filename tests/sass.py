@@ -28,7 +28,7 @@ from csrc import build  # noqa: E402
 from sage_kernels.config import PV_MODES  # noqa: E402
 
 CUBINS = build.BUILD_DIR / "sass"
-MATRIX = ("IMMA", "HMMA", "QMMA", "OMMA")
+MATRIX = ("IMMA", "HMMA", "QMMA", "OMMA", "IGMMA", "HGMMA", "QGMMA")  # those with a G are wgmma
 ASYNC_COPIES = ("LDGSTS",)
 SPILLS = ("LDL", "STL")
 LABEL = re.compile(r"\.L_x_\d+")
@@ -63,7 +63,7 @@ def missing() -> str | None:
 def key_of(source: Path, arch: str, nvcc: str) -> str:
     """Changes with the file, any header, the compiler and the architecture."""
     headers = [path for path in build.CSRC.rglob("*.*h") if path.suffix in (".h", ".cuh")]
-    total = hashlib.sha256(f"{arch} {build.cuda_version(nvcc)}".encode())
+    total = hashlib.sha256(f"{build.code_name(arch)} {build.cuda_version(nvcc)}".encode())
     for path in [source, *sorted(path for path in headers if build.BUILD_DIR not in path.parents)]:
         total.update(path.name.encode() + path.read_bytes())
     return total.hexdigest()[:16]
@@ -77,7 +77,7 @@ def compile_to_cubin(source: Path, arch: str, folder: Path = CUBINS) -> Path:
     if not cubin.exists():
         folder.mkdir(parents=True, exist_ok=True)
         temporary = cubin.with_suffix(f".{os.getpid()}.tmp")
-        command = [nvcc, "-ccbin", build.find_host_compiler(), "-std=c++17", "-O3", f"-arch=sm_{arch.replace('.', '')}"]
+        command = [nvcc, "-ccbin", build.find_host_compiler(), "-std=c++17", "-O3", f"-arch=sm_{build.code_name(arch)}"]
         done = subprocess.run(
             [*command, "-cubin", "-Xptxas=-v", str(source), "-o", str(temporary)], capture_output=True, text=True
         )
@@ -157,15 +157,29 @@ class Kernel:
 
     @cached_property
     def template(self) -> tuple[str, int, int, bool] | None:
-        """Mode, head_dim, head_dim of V and whether there is a mask, of an attention kernel; else None."""
-        found = re.search(r"attention_mmaILNS_4ModeE(\d+)ELi(\d+)ELi(\d+)ELb([01])E", self.symbol)
+        """Mode, head_dim, head_dim of V and whether there is a mask, of an attention_mma; else None."""
+        return self._arguments("attention_mma")
+
+    @cached_property
+    def wgmma(self) -> tuple[str, int, int, bool] | None:
+        """The same of an attention_wgmma."""
+        return self._arguments("attention_wgmma")
+
+    def _arguments(self, name: str) -> tuple[str, int, int, bool] | None:
+        found = re.search(name + r"ILNS_4ModeE(\d+)ELi(\d+)ELi(\d+)ELb([01])E", self.symbol)
         return (PV_MODES[int(found[1])], int(found[2]), int(found[3]), found[4] == "1") if found else None
 
     def __str__(self) -> str:
-        if self.template is None:
+        arguments = self.template or self.wgmma
+        if arguments is None:
             return self.symbol
-        mode, dim, v_dim, masked = self.template
-        return f"{mode} {dim}" + (f"/{v_dim}" if v_dim != dim else "") + (" masked" if masked else "")
+        mode, dim, v_dim, masked = arguments
+        return (
+            ("wgmma " if self.wgmma else "")
+            + f"{mode} {dim}"
+            + (f"/{v_dim}" if v_dim != dim else "")
+            + (" masked" if masked else "")
+        )
 
     def __iter__(self) -> Iterator[Instruction]:
         for block in self.blocks:

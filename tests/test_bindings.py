@@ -4,6 +4,7 @@ Nothing here reaches a kernel, so it needs no GPU.
 """
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -70,6 +71,29 @@ def test_scratch():
     assert split.splits == 3 and split.bytes() == call(splits=3).bytes() and split.bytes()[4] > 3 * 8 * 300 * 96 * 4
 
 
+WITHOUT_WGMMA = ("fp16/fp16+fp32", "fp16/fp16")
+
+
+@pytest.mark.parametrize("mode", PV_MODES)
+def test_wgmma(mode):
+    """Not where there is no GPU; wherever it is asked for, as long as there is a kernel. It takes the same memory."""
+    assert _C.WGMMA_KEYS == 128
+    for d, dim, v_dim in ((64, 64, 64), (80, 128, 96), (128, 128, 128), (129, 256, 256)):
+        shape = dict(mode=mode, head_dim=d, dim=dim, v_dim=v_dim)
+        plain = call(**shape)
+        assert plain.wgmma is False and call(**shape, wgmma=0).wgmma is False
+        if mode in WITHOUT_WGMMA or d > 128:
+            with pytest.raises(
+                ValueError, match=f"wgmma is 1; there is no kernel .* {re.escape(mode)} at head_dim {d}"
+            ):
+                call(**shape, wgmma=1)
+        else:
+            asked = call(**shape, wgmma=1)
+            assert asked.wgmma is True and asked.bytes() == plain.bytes()
+            with pytest.raises(AttributeError):
+                asked.wgmma = False
+
+
 @pytest.mark.parametrize("head_dim", [1, 63, 64, 65, 96, 97, 128, 129, 256])
 def test_dims_are_those_of_python(head_dim):
     dim = quantize.padded_head_dim(head_dim)
@@ -119,6 +143,7 @@ def test_splits_are_within_what_a_call_takes(mode):
         (dict(splits=19), "splits is 19; it must be an integer, 1 to 18"),
         (dict(device=-1), "device is -1"),
         (dict(stream=-5), "stream is -5"),
+        (dict(wgmma=2), "wgmma is 2; it must be an integer, 0 to 1"),
         (dict(window=5), "Call has no 'window'"),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",

@@ -111,6 +111,22 @@ def test_a_repeated_shape_is_prepared_once(steps):
     assert 2**call.p_max_log2 == pytest.approx(PV[call.mode].p_max) and call.v_max == PV[call.mode].v_max
 
 
+def test_wgmma_is_up_to_the_gpu_unless_it_is_forced(steps):
+    config = choose(Request(AttentionConfig(backend="reference"), torch.device("cpu"))).config
+
+    def given():
+        call = cuda._prepare(1, 4, 2, 9, 20, 72, torch.float16, False, 0.5, True, config, torch.device("cuda", 1), 77)
+        return getattr(call, "wgmma", None)
+
+    assert given() is None
+    with cuda.with_wgmma(False):
+        assert given() == 0
+        with cuda.with_wgmma(True):
+            assert given() == 1
+        assert given() == 0
+    assert given() is None
+
+
 def test_cuda_packed_sequences(steps):
     config = choose(Request(AttentionConfig(backend="reference"), torch.device("cpu"))).config
     q, k, v = torch.randn(30, 4, 64), torch.randn(40, 2, 64), torch.randn(40, 2, 64)

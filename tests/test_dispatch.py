@@ -328,7 +328,7 @@ def test_substitution_is_never_less_accurate(gpu_machine, mode):
 @pytest.mark.parametrize("mode", PV_MODES)
 def test_a_mode_asked_for_is_served_by_the_kernels_that_have_it(machine, mode):
     """Those that "auto" prefers on the GPU only if it is their own choice there."""
-    machine((9, 0), fake_binary())
+    machine((10, 0), fake_binary())
     own = dispatch.TRITON_AUTO["auto"][0]
     assert choose(Request(AttentionConfig(pv_accum=mode), GPU)).backend == ("triton" if mode == own else "cuda")
     assert choose(Request(AttentionConfig(pv_accum=mode, backend="cuda"), GPU)).backend == "cuda"

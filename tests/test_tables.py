@@ -61,6 +61,29 @@ def test_the_newest_date_counts_not_the_name(tree):
     assert "400 (2.00×)" in (tree / "README.md").read_text(encoding="utf-8")
 
 
+def test_whole_models_have_a_table_of_their_own(tree):
+    put(tree, "a.json", result())
+    tables.update(tree, check=False)
+    before = (tree / "README.md").read_text(encoding="utf-8")
+    wan = dict(model="wan", name="Wan", spread=0.01, peak_gib=60.25)
+    passed = [{"reason": "cross attention", "calls": 160}]
+    taken = dict(taken=[{"backend": "triton", "mode": "fp16/fp32", "calls": 160}], passed=passed)
+    videos = dict(model="demo", name="demo", psnr_db=41.25, psnr_min_db=38.5, recognised="10 of 10")
+    rows = [row("torch", "cudnn", 9000.0, **wan), row("triton", "fp16/fp32", 7500.0, **wan, **taken)]
+    rows += [row("triton", "int8/int32", None, **wan, error="wrong"), row("triton", "fp16/fp32", None, **videos)]
+    put(tree, "end-to-end-a.json", {**result("2026-01-04T00:00:00+00:00"), "rows": rows})
+    assert tables.newest(tree / "benchmarks" / "results").name == "a.json"
+    assert tables.update(tree, check=False) == ["README.md"]
+    text = (tree / "README.md").read_text(encoding="utf-8")
+    for line in before.split(tables.END)[0].splitlines():
+        assert line in text
+    assert "| Wan | torch cudnn | 9 | 60.2 | 0.0100 | - |" in text
+    assert "| Wan | **triton** fp16/fp32 | 7.5 (1.20×) | 60.2 | 0.0100 | 160 of 320 |" in text
+    assert "| Wan | **triton** int8/int32 | fails |" in text and "not served: cross attention." in text
+    assert "| demo | **triton** fp16/fp32 | 41.2 | 38.5 | 10 of 10 | - |" in text
+    assert tables.update(tree, check=True) == []
+
+
 def test_no_markers_and_no_results_are_errors(tree):
     with pytest.raises(ValueError, match="no result file"):
         tables.update(tree, check=True)

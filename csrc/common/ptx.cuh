@@ -48,7 +48,8 @@ __device__ __forceinline__ void store_shared16(uint32_t shared, uint4 x) {
     asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(shared), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
 }
 
-#if __CUDA_ARCH__ >= 900
+// For 9.0 and newer, down to publish_shared.
+//
 // A barrier in shared memory that completes a phase when `arrivals` threads and all expected bytes have come.
 __device__ __forceinline__ void init_barrier(uint32_t barrier, int arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
@@ -64,6 +65,10 @@ __device__ __forceinline__ void copy_bulk(uint32_t shared, const void* global, i
                  "l"(global), "r"(bytes), "r"(barrier) : "memory");
 }
 
+__device__ __forceinline__ void arrive(uint32_t barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
 __device__ __forceinline__ void wait_barrier(uint32_t barrier, int phase) {
     asm volatile("{\n"
                  ".reg .pred done;\n"
@@ -71,7 +76,18 @@ __device__ __forceinline__ void wait_barrier(uint32_t barrier, int phase) {
                  "@!done bra again;\n"
                  "}" ::"r"(barrier), "r"(phase) : "memory");
 }
-#endif
+
+// The same where the wait is long: the thread sleeps for up to 10 ms at a time instead of taking issue slots.
+__device__ __forceinline__ void sleep_on_barrier(uint32_t barrier, int phase) {
+    asm volatile("{\n"
+                 ".reg .pred done;\n"
+                 "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1, 10000000;\n"
+                 "@!done bra again;\n"
+                 "}" ::"r"(barrier), "r"(phase) : "memory");
+}
+
+// What this thread wrote to shared memory is seen by copies and wgmma.
+__device__ __forceinline__ void publish_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 __device__ __forceinline__ float exp2(float x) {
     float y;

@@ -1,3 +1,3 @@
-#include "instantiate.cuh"
+#include "instantiate_mma.cuh"
 
-template sage::AttentionKernel sage::attention_kernel<sage::Mode::fp16_fp16>(int v_dim, bool masked);
+template const void* sage::mma_kernel<sage::Mode::fp16_fp16>(int v_dim, bool masked);

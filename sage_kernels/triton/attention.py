@@ -90,7 +90,7 @@ def attend(
         if INT8_V:
             # P in 0..255 at the tile's own maximum; the matrix unit takes int8, so 128 is taken off each code and
             # given back through the tile's sum of V.
-            # at most 1: rounding may lift a large score above its own maximum, and a code of 256 would be one of 0
+            # at most 1: a rounded exponent may lift a large score above its own maximum, and a code of 256 would be one of 0
             p = tl.minimum(tl.exp2(score * scale[:, None] - tile_base[:, None]), 1.0)
             codes = ((p * 255.0 + (MAGIC - 128.0)).to(tl.int32, bitcast=True) & 0xFF).to(tl.int8)
             values = tl.load(v_codes + wide_channel[:, None] * padded + at[None, :])  # [D, BLOCK_N]
@@ -103,7 +103,8 @@ def attend(
             if CHECK or MASK != "none":  # a mask may say -1e8, beside which 15 is rounded away
                 p = tl.exp2((score - base[:, None]) + P_MAX_LOG2)
             else:
-                p = tl.exp2(score * scale[:, None] - (base - P_MAX_LOG2)[:, None])
+                # at most P's largest, for the same reason: fp16 has only one octave above it
+                p = tl.minimum(tl.exp2(score * scale[:, None] - (base - P_MAX_LOG2)[:, None]), 2.0**P_MAX_LOG2)
             values = tl.load(v_codes + at[:, None] * D + channel[None, :])
             acc = tl.dot(p.to(tl.float16), values, acc * shrink[:, None])
             total = total * shrink + tl.sum(p, 1)

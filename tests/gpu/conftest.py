@@ -2,8 +2,11 @@
 
 The file holds {machine, driver, torch, triton, commit, date, passed, failed, skipped, seconds, cases}, where cases has each
 test's name, outcome, seconds and what it recorded with record_property (relative L2 against the emulation and exact attention).
+
+NO_WGMMA=1 runs them with the mma.sync kernels where a Hopper GPU would choose wgmma.
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -12,6 +15,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from sage_kernels import cuda
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests")]
@@ -32,7 +37,7 @@ class Results:
                 "seconds": round(report.duration, 2),
             }
             if report.outcome == "failed":
-                case["error"] = str(report.longrepr)[-400:]
+                case["error"] = str(report.longrepr)[-2000:]
             self.cases.append({**case, **dict(report.user_properties)})
 
     def pytest_sessionfinish(self):
@@ -55,6 +60,12 @@ class Results:
 def pytest_configure(config):
     if os.environ.get("GPU_RESULTS") and not hasattr(config, "workerinput"):
         config.pluginmanager.register(Results(os.environ["GPU_RESULTS"]))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def which_matrix_instruction():
+    with cuda.with_wgmma(False) if os.environ.get("NO_WGMMA") else contextlib.nullcontext():
+        yield
 
 
 @pytest.fixture

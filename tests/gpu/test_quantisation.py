@@ -6,7 +6,7 @@ import pytest
 import torch
 from cases import all_pairs
 from checks import qkv
-from kernels import config_of
+from kernels import config_of, each, ends_of
 
 import sage_kernels
 from sage_kernels import PV_MODES, cuda, reference
@@ -16,7 +16,7 @@ FACTORS = {
     "mode": PV_MODES,
     "gran": tuple(GRANULARITIES),
     "dtype": (torch.float16, torch.bfloat16, torch.float32),
-    "d": (40, 64, 65, 80, 128, 200, 256),
+    "d": (40, 64, 65, 80, 96, 128, 200, 256),
     "lengths": ((1, 1), (200, 333), (129, 64), (64, 130), (300, 1025)),
     "heads": ((4, 2), (3, 3)),
     "smooth_k": (True, False),
@@ -44,26 +44,73 @@ class Memory:
         return self.bytes[first : first + size].view(dtype).view(shape)
 
 
+# ---- params.h: where the codes lie, in numbers or tensors of them
+
+
 def key_position(key, row_keys):
-    """params.h: where a row of V codes has a key."""
+    """Where a row of V codes has a key."""
     return row_keys // 4 * (key % 8 // 2) + 2 * (key // 8) + key % 2
 
 
 def channel_row(channel):
-    """params.h: which row of V codes has a channel."""
+    """Which row of V codes has a channel."""
     x = channel % 32
     return channel - x + 8 * (x % 8 // 2) + 2 * (x // 8) + x % 2
 
 
-class Quantised:
-    """q, k and v [b, h, n, d] after the first two steps of a call, every part in the shape that the emulation has it in."""
+def wgmma_key_position(key, v_bytes):
+    return key if v_bytes == 2 else key // 16 * 16 + 4 * (key % 8 // 2) + 2 * (key // 8 % 2) + key % 2
 
-    def __init__(self, q, k, v, config, one_by_one):
+
+def swizzled(at, row, row_bytes):
+    """Where in its row byte `at` of row `row` lies: wgmma's swizzles of 128 and of 64 bytes."""
+    return at ^ (row % 8 if row_bytes == 128 else row // 2 % 4) * 16
+
+
+def k_places(k_padded, dim, wgmma):
+    """Of each code of a head of K: [k_padded, dim]."""
+    key, channel = torch.arange(k_padded)[:, None], torch.arange(dim)
+    if wgmma:
+        return key * dim + swizzled(channel, key, dim)
+    return (key // 64 * dim + channel // 64 * 64 + key % 64) * 64 + channel % 64
+
+
+def v_places(k_padded, v_dim, size, wgmma):
+    """Of each code of a head of V, in codes of `size` bytes: [k_padded, v_dim]."""
+    key, row, keys = torch.arange(k_padded)[:, None], channel_row(torch.arange(v_dim)), (128 if wgmma else 64) // size
+    if wgmma:
+        at = swizzled(wgmma_key_position(key % keys, size) * size, row, 128) // size
+    else:
+        at = key_position(key % keys, keys)
+    return (key // keys * v_dim + row) * keys + at
+
+
+def has_wgmma(mode, d):
+    return d <= 128 and mode not in ("fp16/fp16+fp32", "fp16/fp16")
+
+
+class Quantised:
+    """q, k and v [b, h, n, d] after the first two steps of a call, every part in the shape that the emulation has it in.
+
+    wgmma: which of the two layouts K's and V's codes are to have. lengths: of the sequences that q, and k and v, are made of
+    if they are packed, b being 1; what lies behind the end of a sequence is then 0 or 0xFF.
+    """
+
+    def __init__(self, q, k, v, config, one_by_one=False, wgmma=False, lengths=None):
         (b, heads, nq, d), (_, g, nk, _) = q.shape, k.shape
+        ends, batch = [], 0
+        if lengths:
+            b, nq, nk = len(lengths[0]), *map(max, lengths)
+            ends, batch = [ends_of(each) for each in lengths], None
         stream = torch.cuda.current_stream().cuda_stream
-        call = cuda._prepare(b, heads, g, nq, nk, d, q.dtype, False, d**-0.5, True, config, q.device, stream)
+        with cuda.with_wgmma(wgmma):
+            call = cuda._prepare(
+                b, heads, g, nq, nk, d, q.dtype, False, d**-0.5, not lengths, config, q.device, stream,
+                *(x.data_ptr() for x in ends),
+            )  # fmt: skip
+        assert call.wgmma is wgmma
         stats, *codes = (Memory(size) for size in call.bytes()[:4])
-        views, step = [cuda._view(x, 0, 1, 2) for x in (q, k, v)], cuda.binary()
+        views, step = [cuda._view(x, batch, 1, 2) for x in (q, k, v)], cuda.binary()
         at = [memory.bytes.data_ptr() for memory in (stats, *codes)]
         step.stats(call, *views[1:], at[0])
         every = (step.PART_Q, step.PART_K, step.PART_V)
@@ -84,16 +131,22 @@ class Quantised:
         self.put_back = v_mean - (sums.double() * UNIT[pv.p_dtype] / nk).float() * self.v_scale
         self.q = codes[0].take(torch.int8, b, heads, q_padded, dim)
         self.q_scale = scales(codes[0], heads, q_padded, gran.q_block, gran.q_sub)
-        self.lse_shift = codes[0].take(torch.float32, b, heads, q_padded) if config.smooth_k else None
-        panels = codes[1].take(torch.int8, b, g, k_padded // 64, dim // 64, 64, 64)
-        self.k = panels.transpose(3, 4).reshape(b, g, k_padded, dim)
+        shifts = config.smooth_k and not lengths
+        self.lse_shift = codes[0].take(torch.float32, b, heads, q_padded) if shifts else None
+        self.k = codes[1].take(torch.int8, b, g, k_padded * dim)[..., k_places(k_padded, dim, wgmma)]
         self.k_scale = scales(codes[1], g, k_padded, gran.k_block, gran.k_sub)
-        row_keys = 64 // CODES[pv.p_dtype].itemsize
-        rows = codes[2].take(CODES[pv.p_dtype], b, g, k_padded // row_keys, v_dim, row_keys).float()
-        keys = torch.tensor([key_position(key, row_keys) for key in range(row_keys)])
-        channels = torch.tensor([channel_row(channel) for channel in range(v_dim)])
-        self.v = rows[..., channels, :][..., keys].transpose(3, 4).reshape(b, g, k_padded, v_dim)
+        code = CODES[pv.p_dtype]
+        bits = codes[2].take(torch.uint8 if code.itemsize == 1 else torch.int16, b, g, k_padded * v_dim)
+        self.v = bits[..., v_places(k_padded, v_dim, code.itemsize, wgmma)].view(code).float()
         assert [memory.at for memory in codes] == list(call.bytes()[1:4])
+
+
+def same_bits(a, b):
+    """Two layouts of the same codes."""
+    assert vars(a).keys() == vars(b).keys()
+    for name, x in vars(a).items():
+        y = vars(b)[name]
+        assert x is y is None or torch.equal(x.nan_to_num(), y.nan_to_num()), name
 
 
 def padded(x, to):
@@ -139,6 +192,8 @@ def test_codes_and_scales(case):
     v[..., 0] = 0
     config = sage_kernels.explain(q, k, v, config=config).config
     got = Quantised(q, k, v, config, case["parts"] == "one by one")
+    if has_wgmma(config.pv_accum, d):
+        same_bits(Quantised(q, k, v, config, case["parts"] == "one by one", wgmma=True), got)
     call = reference.Grouped.of(q, k, v, False, None, None)
     scores = reference.QuantisedScores.of(call, config)
     values = reference.QuantisedValues.of(call.v, config, True)
@@ -163,6 +218,32 @@ def test_codes_and_scales(case):
     if config.smooth_v:
         mean_of_codes = (got.v[..., :nk, :d].double().mean(-2) * got.v_scale[..., :d]).float()
         torch.testing.assert_close(got.put_back[..., :d], mean[..., 0, :].float() - mean_of_codes, rtol=0, atol=3e-6)
+
+
+@each([("cuda", mode) for mode in PV_MODES if has_wgmma(mode, 64)])
+@pytest.mark.parametrize("d", [64, 80, 128])
+def test_layouts_of_packed_sequences(d, kernel):
+    """Odd lengths and an empty sequence; whole blocks of 128 keys or none are written."""
+    lengths = (130, 7, 64, 300), (333, 1, 0, 190)
+    config = config_of(kernel, smooth_v=True)
+    q, k, v = qkv(1, 4, sum(lengths[0]), sum(lengths[1]), d, 2, torch.bfloat16, "cuda")
+    config = sage_kernels.explain(q, k, v, config=config).config
+    plain, got = (Quantised(q, k, v, config, wgmma=wgmma, lengths=lengths) for wgmma in (False, True))
+    same_bits(plain, got)
+    for b, (one_k, one_v) in enumerate(zip(*(x.split(lengths[1], 2) for x in (k, v)), strict=True)):
+        n, whole = one_k.shape[2], -(-one_k.shape[2] // 128) * 128
+        assert (got.k[b, :, whole:] == -1).all() and not got.k[b, :, n:whole].any() and not got.v[b, :, n:whole].any()
+        if n == 0:
+            continue
+        numbers = one_v[0].double() - one_v[0].double().mean(-2, keepdim=True)
+        numbers = numbers * got.v_inverse[b, :, None, :d].double()
+        same_v(got.v[b, :, :n, :d], got.v[b, :, :n, :d], numbers, PV[config.pv_accum].p_dtype)
+        scores = reference.QuantisedScores.of(reference.Grouped.of(one_k, one_k, one_v, False, None, None), config)
+        numbers = one_k.double() - (one_k.double().mean(-2, keepdim=True) if config.smooth_k else 0.0)
+        numbers = padded(numbers, got.k.shape[-1])
+        numbers = rotate(numbers) if config.rotate else numbers
+        own = slice(b, b + 1), slice(None), slice(0, whole)
+        same_int8(got.k[own], got.k_scale[own], scores.k[:, :, 0], scores.k_scale[:, :, 0], numbers)
 
 
 @pytest.mark.parametrize("which", "qkv")
