@@ -36,7 +36,8 @@ template <int K_BYTES, int V_BYTES> struct Stages {
         int k_stage = 0, v_stage = 0, k_phase = 1, v_phase = 1;  // phases of the barriers that say a stage is free: at first it is
         for (int turn = 0; turn <= tiles; ++turn) {
             const bool with_k = turn < tiles, with_v = turn > 0;
-            if (with_k) ptx::sleep_on_barrier(k_free(k_stage), k_phase);
+            // The last turn as well, which brings no K: what came to this barrier before has been waited for then.
+            ptx::sleep_on_barrier(k_free(k_stage), k_phase);
             if (with_v) ptx::sleep_on_barrier(v_free(v_stage), v_phase);
             ptx::expect_bytes(full(k_stage), (with_k ? K_BYTES : 0) + (with_v ? V_BYTES : 0));
             if (with_k) ptx::copy_bulk(k(k_stage), k_from + int64_t(turn) * K_BYTES, K_BYTES, full(k_stage));

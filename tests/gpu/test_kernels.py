@@ -188,6 +188,20 @@ def test_side_stream(kernel):
     assert torch.equal(out, want)
 
 
+@each(ONE_EACH)
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_any_number_of_tiles(is_causal, kernel):
+    """Copies into stages that go round, from fewer tiles than stages on; many blocks at once, for what comes too early or late."""
+    config = config_of(kernel)
+    for tiles in range(1, 10):
+        n = 128 * tiles - 5
+        x = qkv(2, 40, n if is_causal else 200, n, 64 if tiles % 2 else 128, None, torch.float16, "cuda")
+        out = sage_kernels.attention(*x, is_causal=is_causal, config=config)
+        assert all(torch.equal(sage_kernels.attention(*x, is_causal=is_causal, config=config), out) for _ in range(20))
+        want, _ = exact(*(t[:, :2] for t in x), is_causal=is_causal)
+        close(out[:, :2], want, tolerance(kernel[1]) + 0.01)
+
+
 @each([*TRITON, ("cuda", "int8/int32")])
 def test_compile_with_inductor(kernel):
     config = config_of(kernel)
