@@ -213,6 +213,8 @@ DeviceCall make_call(const py::kwargs& given) {
     made.stream = take.address<cudaStream_t>("stream");
     const bool able = has_wgmma(c.mode, c.dim, c.v_dim), asked = take.has("wgmma");
     c.wgmma = asked ? take.flag("wgmma") : able && runs_wgmma(made.device, c);
+    // 128 keys' products are summed in fp16 before they are flushed, twice what mma.sync sums: P is half as large
+    if (c.wgmma && c.mode == Mode::fp8_fp32_fp16) c.p_max_log2 -= 1.0f;
     if (c.wgmma && !able)
         fail("wgmma is 1; there is no kernel with it for ", MODES[int(c.mode)], " at head_dim ", c.head_dim);
     take.done();

@@ -18,6 +18,16 @@ def test_values_that_fp16_cannot_hold(kernel, dtype, size):
 
 
 @each()
+@pytest.mark.parametrize("d", [64, 96, 128])
+def test_the_largest_sums(kernel, d):
+    """All keys at the maximum, all values at their channel's: what an accumulator must hold without an inf."""
+    q, k, v = (torch.zeros(1, 2, n, d, device="cuda", dtype=torch.float16) for n in (130, 1000, 1000))
+    v += torch.randn(d, device="cuda").sign()
+    out = sage_kernels.attention(q, k, v, config=config_of(kernel, smooth_v=False))
+    close(out, v[:, :, :1].expand_as(out), 0.005)
+
+
+@each()
 @pytest.mark.parametrize("sm_scale", [None, -0.1, 0.0])
 def test_scores_that_only_the_scale_keeps_within_float32(kernel, sm_scale):
     """q . k passes 3.4e38 in every row, its product with the scale in none; and what an inf does is the same."""
