@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib.util
 import json
 import os
@@ -19,6 +18,8 @@ import sysconfig
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from . import driver
 
 CSRC = Path(__file__).resolve().parent
 PACKAGE = CSRC.parent / "sage_kernels"
@@ -59,25 +60,11 @@ class NothingToBuild(BuildError):
 
 def gpu_archs() -> list[str]:
     """Compute capability of each GPU, from the driver itself; [] where there is no driver or no GPU."""
-    try:
-        driver = ctypes.CDLL("nvcuda.dll" if WINDOWS else "libcuda.so.1")
-    except OSError:
-        return []
-    count, value = ctypes.c_int(), ctypes.c_int()
-    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
-        return []
-    found = []
-    for device in range(count.value):
-        numbers = []
-        for attribute in (75, 76):  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
-            driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, device)
-            numbers.append(value.value)
-        found.append("%d.%d" % tuple(numbers))
-    return found
+    return [gpu.arch for gpu in driver.look().gpus]
 
 
-def choose_archs(asked: Sequence[str] | None) -> list[str]:
-    """What was asked for, or else what the GPUs here run: the same major version, at most their minor."""
+def choose_archs(asked: Sequence[str] | None, gpus: Sequence[str] | None = None) -> list[str]:
+    """What was asked for, or else what the GPUs (None: those here) run: the same major version, at most their minor."""
     if asked:
         for arch in asked:
             if arch.removesuffix(PTX) not in ARCHS:
@@ -86,7 +73,7 @@ def choose_archs(asked: Sequence[str] | None) -> list[str]:
                     "where newer GPUs are to compile it for themselves"
                 )
         return sorted(set(asked), key=_version)
-    gpus = gpu_archs()
+    gpus = gpu_archs() if gpus is None else gpus
     if not gpus:
         raise NothingToBuild("no NVIDIA GPU was found to build for: name architectures, for example --archs 8.9,12.0")
     chosen = set()
@@ -219,7 +206,8 @@ def python_headers() -> str:
     """The folder of Python.h."""
     folder = sysconfig.get_path("include")
     if not os.path.isfile(os.path.join(folder, "Python.h")):
-        raise BuildError(f"Python.h is not in {folder}: install the development files of this Python (python3-dev)")
+        how = "this needs a full Python" if WINDOWS else "install the development files of this Python (python3-dev)"
+        raise NothingToBuild(f"Python.h is not in {folder}: {how}")
     return folder
 
 
@@ -315,8 +303,12 @@ def build(
     folder: Path = CSRC,
     package: Path = PACKAGE,
     say: Callable[[str], None] = print,
+    keep: Sequence[int] = (),
 ) -> Path:
-    """Compile `folder` into `package`/_C and return where that is. Only what changed is compiled again."""
+    """Compile `folder` into `package`/_C and return where that is. Only what changed is compiled again.
+
+    keep: what the compilers inherit of install.py's lock.
+    """
     archs, nvcc = check_machine(archs, nvcc)
     tools = Toolchain.find(nvcc)
     jobs = bounded_jobs(jobs, cores(), free_memory())
@@ -327,8 +319,8 @@ def build(
         _write(build_dir / "build_info.h", build_info(folder, archs))
         _write(build_dir / "build.ninja", ninja_text(tools, archs, folder, build_dir))
         say(f"CUDA {tools.cuda[0]}.{tools.cuda[1]}, compute capability {', '.join(archs)}, {jobs} at once")
-        _run_ninja(tools.ninja, build_dir, jobs, say)
-        return _put(build_dir / binary_name(), package / binary_name())
+        _run_ninja(tools.ninja, build_dir, jobs, say, keep)
+        return put(build_dir / binary_name(), package / binary_name())
     except OSError as error:
         raise BuildError(f"a file of the build cannot be written: {error}") from error
 
@@ -359,13 +351,18 @@ def _forget_changed(build_dir: Path, folder: Path, tools: Toolchain) -> None:
     kept.write_text(json.dumps(state), encoding="utf-8")
 
 
-def _run_ninja(ninja: str, build_dir: Path, jobs: int, say: Callable[[str], None]) -> None:
+def _run_ninja(ninja: str, build_dir: Path, jobs: int, say: Callable[[str], None], keep: Sequence[int]) -> None:
     log = build_dir / "build.log"
     lines = []
     with log.open("w", encoding="utf-8", errors="replace") as kept:
         command = [ninja, "-C", str(build_dir), "-j", str(jobs)]
         with subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace"
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            encoding="utf-8",
+            errors="replace",
+            pass_fds=keep,
         ) as process:
             assert process.stdout is not None
             for line in process.stdout:
@@ -378,7 +375,7 @@ def _run_ninja(ninja: str, build_dir: Path, jobs: int, say: Callable[[str], None
         raise BuildError(f"the build failed: {(errors or lines or ['ninja said nothing'])[-1]} (all of it: {log})")
 
 
-def _put(built: Path, target: Path) -> Path:
+def put(built: Path, target: Path) -> Path:
     """In one step, so that there is always a whole binary; Windows refuses while a process has the old one loaded."""
     temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     try:

@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from stand_in import bare, csrc, nvcc  # noqa: F401 (fixtures)
 
 HAS_GPU = torch.cuda.is_available()
 

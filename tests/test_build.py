@@ -1,76 +1,23 @@
-"""csrc/build.py and install.py: what is compiled, for what, and the sentence for everything that can be missing.
+"""csrc/build.py: what is compiled, for what, and the sentence for everything that can be missing.
 
 A small program stands in for nvcc, so these run anywhere and take no time.
 """
 
-import importlib.util
 import os
 import re
 import shutil
-import subprocess
 import sys
 import sysconfig
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-import install
 from csrc import build
 from csrc.build import BuildError
 from sage_kernels import PV_MODES, dispatch, quantize
 from sage_kernels.sources import source_hash
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="nvcc's stand-in is a shell script")
-
-# Notes its arguments; a source that says "error" does not compile; an object and a binary are what went into them.
-NVCC = r"""
-import sys
-args = sys.argv[1:]
-if "--version" in args:
-    sys.exit(print("Cuda compilation tools, release RELEASE, V13.0.88"))
-out = args[args.index("-o") + 1]
-inputs = [a for a in args if a.endswith((".cu", ".cpp", ".o")) and a != out]
-text = "".join(open(path).read() for path in inputs)
-with open("arguments.txt", "a") as log:
-    print(*args, file=log)
-if "error" in text:
-    print("kernel.cu(3): error: identifier \"nothing\" is undefined\n1 error detected in the compilation of kernel.cu")
-    sys.exit(2)
-if "-MF" in args:
-    with open(args[args.index("-MF") + 1], "w") as dependencies:
-        names = [name.replace(" ", "\\ ") for name in (inputs[0], *HEADERS[: 1 + inputs[0].endswith("cpp")])]
-        print(out.replace(" ", "\\ ") + ":", *names, file=dependencies)
-with open(out, "w") as to:
-    to.write(text)
-"""
-
-
-@pytest.fixture
-def nvcc(tmp_path):
-    """nvcc(release): the path of a stand-in that says it is of this CUDA release."""
-
-    def make(release="13.0"):
-        folder = tmp_path / "cuda" / "bin"
-        folder.mkdir(parents=True, exist_ok=True)
-        text = NVCC.replace("RELEASE", release).replace(
-            "HEADERS", repr([str(tmp_path / "csrc" / "params.h"), "build_info.h"])
-        )
-        (folder / "nvcc.py").write_text(text)
-        (folder / "nvcc").write_text(f'#!/bin/sh\nexec "{sys.executable}" "{folder}/nvcc.py" "$@"\n')
-        (folder / "nvcc").chmod(0o755)
-        return str(folder / "nvcc")
-
-    return make
-
-
-@pytest.fixture
-def csrc(tmp_path):
-    folder = tmp_path / "csrc"
-    (folder / "instantiations").mkdir(parents=True)
-    for name in ("kernel.cu", "instantiations/one mode.cu", "bindings.cpp", "params.h"):
-        (folder / name).write_text(f"// {name}\n")
-    return folder
 
 
 @pytest.fixture
@@ -91,15 +38,6 @@ def run(csrc, tmp_path, nvcc):
     go.binary = package / build.binary_name()
     go.arguments = tmp_path / "a build, ünder" / "arguments.txt"
     return go
-
-
-@pytest.fixture
-def bare(monkeypatch, tmp_path):
-    """A machine with nothing on its PATH."""
-    (tmp_path / "empty").mkdir()
-    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
-    for name in ("CUDA_HOME", "CUDA_PATH", "CXX"):
-        monkeypatch.delenv(name, raising=False)
 
 
 # ---- the name of a state of the sources
@@ -360,106 +298,6 @@ def test_a_build_folder_that_is_a_file(run, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(BuildError, match="cannot be written"):
         run(build_dir=tmp_path / "file")
-
-
-# ---- install.py
-
-
-def test_install_without_nvcc(bare, capsys, monkeypatch):
-    monkeypatch.setattr(build, "gpu_archs", lambda: ["8.9"])
-    assert install.main([]) == 0
-    said = capsys.readouterr().out
-    assert "nvcc was not found" in said and "serves attention" in said and said.count("\n") == 1
-
-
-def test_install_without_gpu(capsys, monkeypatch):
-    monkeypatch.setattr(build, "gpu_archs", lambda: [])
-    assert install.main([]) == 0
-    said = capsys.readouterr().out
-    assert "no NVIDIA GPU was found" in said and "The reference backend serves attention" in said
-
-
-def test_install_says_what_triton_lacks(monkeypatch):
-    gpu = dispatch.torch.device("cuda", 0)
-    table = [
-        replace(row, blocked=lambda device: "not here") if row.name != "reference" else row for row in dispatch.TABLE
-    ]
-    monkeypatch.setattr(dispatch, "TABLE", table)
-    monkeypatch.setattr(dispatch, "default_device", lambda: gpu)
-    monkeypatch.setattr(dispatch.torch.cuda, "get_device_capability", lambda device: (7, 5))
-    dispatch.choose.cache_clear()
-    assert "ComfyUI's own attention stays in use" in install.served_without()
-    dispatch.choose.cache_clear()
-
-
-def test_install_builds(monkeypatch, capsys, tmp_path):
-    given = []
-    monkeypatch.setattr(build, "build", lambda *options: given.append(options) or "here")
-    monkeypatch.setattr(build, "check_machine", lambda *given: given)
-    monkeypatch.setattr(build, "missing_tools", lambda: [])
-    options = ["--archs", "8.9, 9.0", "--jobs", "2", "--nvcc", "/x/nvcc", "--build-dir", str(tmp_path)]
-    assert install.main(options) == 0
-    assert given == [(["8.9", "9.0"], 2, "/x/nvcc", tmp_path)] and "Built here" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    "release, compiler, headers, words",
-    [
-        ("12.4", "sh", True, "needs 12.8"),
-        ("13.0", "no g++", True, "no g++ was not found"),
-        ("13.0", "sh", False, "Python.h"),
-    ],
-)
-def test_install_fetches_nothing_in_vain(bare, monkeypatch, capsys, nvcc, tmp_path, release, compiler, headers, words):
-    monkeypatch.setattr(install, "install_tools", lambda: pytest.fail("pip is run"))
-    monkeypatch.setattr(build, "gpu_archs", lambda: ["12.0"])
-    monkeypatch.setenv("CUDA_HOME", str(Path(nvcc(release)).parents[1]))
-    monkeypatch.setenv("CXX", shutil.which(compiler, path=os.defpath) or compiler)
-    if not headers:
-        monkeypatch.setattr(build.sysconfig, "get_path", lambda name: str(tmp_path))
-    assert install.main([]) == (0 if headers else 1)
-    said = capsys.readouterr()
-    assert words in said.out + said.err
-
-
-def test_install_that_fails(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(build, "missing_tools", lambda: [])
-    assert install.main(["--archs", "8.9", "--nvcc", str(tmp_path / "nvcc")]) == 1
-    assert f"nvcc is not at {tmp_path / 'nvcc'}" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("works", [True, False])
-def test_install_puts_tools_into_its_own_folder(monkeypatch, tmp_path, works):
-    ran, tools = [], tmp_path / "tools"
-    monkeypatch.setattr(build, "TOOLS", tools)
-    monkeypatch.setattr(sys, "path", [*sys.path, str(tools)])
-    assert importlib.util.find_spec("a_new_tool") is None
-
-    def pip(command, **options):
-        ran.append([str(word) for word in command])
-        (tools / "a_new_tool").mkdir(parents=True)
-        return subprocess.CompletedProcess(command, 0 if works else 1, stdout="one\nERROR: No matching distribution\n")
-
-    monkeypatch.setattr(install.subprocess, "run", pip)
-    monkeypatch.setattr(build, "missing_tools", lambda: ["ninja"])
-    if works:
-        install.install_tools()
-        assert importlib.util.find_spec("a_new_tool") is not None
-    else:
-        with pytest.raises(BuildError, match="pip could not install ninja: ERROR: No matching distribution"):
-            install.install_tools()
-    assert ran[0][:4] == [sys.executable, "-m", "pip", "install"] and ran[0][-1] == "ninja"
-    assert ran[0][ran[0].index("--target") + 1] == str(tools)
-
-
-def test_install_runs_as_a_script(tmp_path):
-    """As ComfyUI-Manager runs it, and isolated as Windows' portable Python is: nothing on the import path."""
-    environment = {"PATH": str(tmp_path), "HOME": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-I", "install.py"], cwd=build.CSRC.parent, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0 and "No CUDA kernels were built" in done.stdout, done.stderr
-    assert "serves attention" in done.stdout
 
 
 # ---- what the sources say twice

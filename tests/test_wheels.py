@@ -1,0 +1,561 @@
+"""csrc/wheels.py through the real pip: indexes on loopback and in folders, with what goes wrong in them.
+
+A few bytes stand in for the binary, and what it says of itself is patched; one test has the real one, where it is built.
+"""
+
+import hashlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import zipfile
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+from urllib.parse import unquote, urlsplit
+
+import pytest
+from packaging import tags
+from packaging.utils import parse_wheel_filename
+
+from csrc import build, make_wheel, wheels
+from csrc.wheels import WheelError
+
+SOURCE = "0123456789abcdef"
+PYTHON = f"cp{sys.version_info[0]}{sys.version_info[1]}"
+PLATFORMS = list(tags.platform_tags())
+BINARY = build.binary_name()
+WHOLE = b"the new binary" + bytes(range(256)) * 400
+
+
+def machine(*gpus, driver=(13, 0), python=PYTHON, platforms=PLATFORMS, source_hash=SOURCE):
+    gpus = tuple(SimpleNamespace(name=f"GPU {at}", arch=arch) for at, arch in enumerate(gpus or ("8.9",)))
+    return SimpleNamespace(
+        python_tag=python, platform_tags=platforms, driver_cuda=driver, gpus=gpus, source_hash=source_hash
+    )
+
+
+@pytest.fixture(autouse=True)
+def plain_environment(monkeypatch):
+    """Neither this machine's proxies nor its pip settings; and what the stand-in says of itself."""
+    for name in list(os.environ):
+        if name.lower().endswith("_proxy") or name.startswith("PIP_") or name == "SAGE_KERNELS_INDEX":
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setattr(wheels, "binary_info", lambda binary: (["8.9"], 13000, SOURCE))
+
+
+@pytest.fixture
+def make(tmp_path, monkeypatch):
+    """make(archs, ...) puts a wheel into make.folder and lists it in the index there."""
+
+    def go(*archs, cuda=13000, source=SOURCE, name=None, content=WHOLE):
+        with monkeypatch.context() as patch:
+            patch.setattr(make_wheel, "binary_info", lambda binary: (list(archs or ["8.9"]), cuda, source))
+            if name:
+                patch.setattr(make_wheel, "_this_python", lambda: name)
+            (tmp_path / BINARY).write_bytes(content)
+            wheel = wheels.build_wheel(tmp_path / BINARY, None, go.folder, lambda line: None)
+        wheels.write_index(go.folder)
+        return wheel
+
+    go.folder = tmp_path / "some wheels, ünder"
+    return go
+
+
+@pytest.fixture
+def package(tmp_path):
+    """A package with an older binary in it."""
+    folder = tmp_path / "my päck" / "sage_kernels"
+    folder.mkdir(parents=True)
+    (folder / BINARY).write_bytes(b"the old binary")
+    return folder
+
+
+def unchanged(package):
+    return os.listdir(package) == [BINARY] and (package / BINARY).read_bytes() == b"the old binary"
+
+
+class Server(ThreadingHTTPServer):
+    """Serves make.folder. `bad` has what happens to a path that ends so, `seen` each path it was asked for."""
+
+    daemon_threads = True
+
+    def __init__(self, folder):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.folder, self.bad, self.seen = folder, {}, []
+        self.sending, self.go_on = threading.Event(), threading.Event()
+        self.url = f"http://127.0.0.1:{self.server_port}/"
+
+    def handle_error(self, request, client_address):
+        """A client that was killed is no news."""
+
+
+class Handler(BaseHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self):
+        server, path = self.server, unquote(urlsplit(self.path).path)
+        server.seen.append(self.path)
+        file = server.folder / (path.lstrip("/") or "index.html")
+        if file.is_dir():
+            file /= "index.html"
+        bad = next((bad for end, bad in server.bad.items() if path.endswith(end)), None)
+        if bad == "broken" or not file.is_file():
+            return self.send_error(500 if bad else 404)
+        content = file.read_bytes()
+        if bad == "changed":
+            content = content.replace(b"METADATA", b"METADATE")
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        half = len(content) // 2
+        self.wfile.write(content[:half])
+        if bad == "once":  # whole from the second time on
+            server.bad.clear()
+        if bad in ("once", "truncated"):
+            return self.close_connection
+        if bad == "slow":
+            self.wfile.flush()
+            server.sending.set()
+            server.go_on.wait(20)
+        self.wfile.write(content[half:])
+
+
+@pytest.fixture
+def server(make):
+    make.folder.mkdir(exist_ok=True)
+    with Server(make.folder) as running:
+        thread = threading.Thread(target=partial(running.serve_forever, poll_interval=0.02))
+        thread.start()
+        yield running
+        running.go_on.set()
+        running.shutdown()
+        thread.join()
+
+
+def installed(index, package):
+    said = []
+    found = wheels.find(str(index), machine())
+    assert isinstance(found, wheels.Candidate), found
+    assert wheels.install(found, package, said.append) == package / BINARY
+    assert (package / BINARY).read_bytes() == WHOLE and os.listdir(package) == [BINARY]
+    return said
+
+
+# ---- making wheels
+
+
+def test_a_wheel_holds_the_binary_and_says_what_it_fits(make):
+    wheel = make("12.0+PTX", "8.9", cuda=12080)
+    project, version, tag, fits = parse_wheel_filename(wheel.name)
+    assert (project, str(version)) == ("sage-kernels-cuda", make_wheel.pyproject()["project"]["version"])
+    assert "".join(map(str, tag)) == f"12.8.sm89.sm120ptx.src{SOURCE}"
+    assert fits & set(tags.sys_tags()) and {tag.interpreter for tag in fits} == {tag.abi for tag in fits} == {PYTHON}
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        assert archive.testzip() is None and names == sorted(names)
+        assert [name for name in names if ".dist-info/" not in name] == [f"sage_kernels/{BINARY}"]
+        assert archive.read(names[0]) == WHOLE
+        record = archive.read(next(name for name in names if name.endswith("RECORD"))).decode()
+    assert [line.split(",")[0] for line in record.splitlines()] == [*(n for n in names if "RECORD" not in n), names[3]]
+
+
+def test_same_binary_same_bytes(make, tmp_path):
+    first = make().read_bytes()
+    os.utime(tmp_path / BINARY, (1, 1))
+    (tmp_path / BINARY).chmod(0o777)
+    old = os.umask(0o077)
+    try:
+        assert make().read_bytes() == first
+    finally:
+        os.umask(old)
+    assert make(content=b"another").read_bytes() != first
+
+
+def test_a_binary_of_other_archs_is_no_wheel(monkeypatch, tmp_path):
+    monkeypatch.setattr(make_wheel, "binary_info", lambda binary: (["8.9"], 13000, SOURCE))
+    with pytest.raises(WheelError, match="built for 8.9 and not for 9.0: build it"):
+        wheels.build_wheel(tmp_path / BINARY, ["9.0"], tmp_path)
+    with pytest.raises(WheelError, match="cannot be written"):
+        wheels.build_wheel(tmp_path / BINARY, ["8.9"], tmp_path)
+
+
+def test_a_file_that_cannot_be_loaded_is_no_binary(tmp_path):
+    (tmp_path / BINARY).write_bytes(b"no ELF")
+    with pytest.raises(WheelError, match=f"{re.escape(BINARY)} cannot be loaded by this Python"):
+        make_wheel.binary_info(tmp_path / BINARY)
+
+
+@pytest.mark.skipif(not (build.PACKAGE / BINARY).exists(), reason="the CUDA binary is not built")
+def test_the_real_binary(tmp_path, package, monkeypatch):
+    monkeypatch.undo()
+    binary = build.PACKAGE / BINARY
+    archs, cuda, source = make_wheel.binary_info(binary)
+    wheel = wheels.build_wheel(binary, archs, tmp_path / "out", lambda line: None)
+    wheels.write_index(tmp_path / "out")
+    found = wheels.find(str(tmp_path / "out"), machine(archs[0].removesuffix("+PTX"), source_hash=source))
+    assert found.name == wheel.name and (found.archs, found.cuda[0]) == (tuple(archs), cuda // 1000)
+    wheels.install(found, package, lambda line: None)
+    assert (package / BINARY).read_bytes() == binary.read_bytes()
+
+
+# ---- an index
+
+
+def test_the_index_is_pep_503(make):
+    wheel = make()
+    make("9.0")
+    (make.folder / "other.whl").write_bytes(b"")
+    page = (make.folder / "index.html").read_text()
+    assert page.count("<a ") == 2 and len(os.listdir(make.folder)) == 4
+    assert f'<a href="{wheel.name}#sha256={hashlib.sha256(wheel.read_bytes()).hexdigest()}">{wheel.name}</a>' in page
+
+
+@pytest.mark.parametrize("fails", ["write", "replace"])
+def test_a_failed_write_leaves_the_old_index(make, monkeypatch, fails):
+    wheel = make()
+    before = (make.folder / "index.html").read_text()
+    wheel.unlink()
+
+    def full(path, content):
+        Path(path).touch()
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(*((Path, "write_bytes") if fails == "write" else (os, "replace")), full)
+    with pytest.raises(WheelError, match="cannot be written: No space left"):
+        wheels.write_index(make.folder)
+    assert (make.folder / "index.html").read_text() == before and os.listdir(make.folder) == ["index.html"]
+
+
+def test_which_index(monkeypatch):
+    configured = {}
+    monkeypatch.setattr(wheels, "pyproject", lambda: {"tool": {"sage_kernels": configured}})
+    assert wheels.configured_index(None) is None
+    configured["index"] = "dist"
+    assert wheels.configured_index(None) == str(wheels.ROOT / "dist")
+    configured["index"] = "https://x/index.html"
+    assert wheels.configured_index(None) == "https://x/index.html"
+    monkeypatch.setenv("SAGE_KERNELS_INDEX", "/environment")
+    assert wheels.configured_index(None) == "/environment" and wheels.configured_index("/given") == "/given"
+    assert wheels.configured_index("") is None
+    monkeypatch.setenv("SAGE_KERNELS_INDEX", "")
+    assert wheels.configured_index(None) is None
+
+
+def test_our_pyproject_names_no_index():
+    assert wheels.configured_index(None) is None and wheels.pyproject()["project"]["name"] == "sage-attention-patch"
+
+
+def test_a_pyproject_that_is_broken(monkeypatch, tmp_path):
+    monkeypatch.setattr(make_wheel, "ROOT", tmp_path)
+    assert make_wheel.pyproject() == {}
+    (tmp_path / "pyproject.toml").write_text("[tool")
+    with pytest.raises(WheelError, match="pyproject.toml cannot be read"):
+        wheels.configured_index(None)
+
+
+# ---- which wheel: by names alone
+
+LINUX, WINDOWS = "manylinux_2_28_x86_64", "win_amd64"
+
+
+def names(*wheels_):
+    """The names of wheels, each told as "8.9 12.0 @12.8 #other cp310-cp310 win_amd64": archs, CUDA, other sources, tags."""
+    for text in wheels_:
+        words = text.split()
+        archs = ["sm" + word.replace(".", "").replace("+PTX", "ptx") for word in words if word[0].isdigit()]
+        cuda = next((word[1:] for word in words if word[0] == "@"), "13.0")
+        source = "fedcba9876543210" if "#other" in words else SOURCE
+        python = next((word for word in words if word.startswith("cp")), "cp312-cp312")
+        platform = WINDOWS if WINDOWS in words else LINUX
+        yield f"sage_kernels_cuda-0.1.0-{'.'.join([cuda, *archs])}.src{source}-{python}-{platform}.whl"
+
+
+@pytest.fixture
+def choose(tmp_path):
+    """choose(wheels, gpus, **machine): the number of the wheel that is taken, or the sentence."""
+
+    def go(given, gpus, **options):
+        given = list(names(*given))
+        links = [f'<A class=x HREF="{name}#sha256={"0" * 64}">{name}</A>' for name in given]
+        (tmp_path / "index.html").write_text("\n".join(["<p>", '<a href="README.md">', *links]))
+        options = {"python": "cp312", "platforms": ["linux_x86_64", LINUX], **options}
+        found = wheels.find(str(tmp_path), machine(*gpus, **options))
+        return found if isinstance(found, str) else given.index(found.name)
+
+    return go
+
+
+@pytest.mark.parametrize(
+    "given, gpus, driver, taken",
+    [
+        (["8.9", "8.9 12.0", "12.0"], ["8.9"], (13, 0), 0),  # fewest extra ones
+        (["12.0", "8.9 12.0"], ["12.0"], (13, 0), 0),
+        (["8.9", "8.9 12.0", "8.0 8.9 12.0"], ["8.9", "12.0"], (13, 0), 1),  # all GPUs
+        (["8.0", "8.0 8.9 9.0"], ["8.9"], (13, 0), 1),  # newer kernels before fewer
+        (["8.0", "9.0"], ["8.7"], (13, 0), 0),  # an older minor version of the same major
+        (["8.9 @12.8", "8.9"], ["8.9"], (13, 0), 1),  # the newest CUDA
+        (["8.9 @12.8", "8.9"], ["8.9"], (12, 9), 0),  # that the driver runs
+        (["8.9 @12.10", "8.9 @12.8"], ["8.9"], (12, 8), 0),
+        (["8.9 @12.8"], ["8.9"], (12, 2), 0),  # any minor version of its major
+        (["8.9 cp310-cp310", "8.9 win_amd64", "8.9 #other", "8.9"], ["8.9"], (13, 0), 3),
+        (["8.9", "7.5"], ["6.1", "7.5"], (13, 0), 1),  # a GPU that no kernel runs on does not count
+        (["9.0", "8.0 9.0+PTX"], ["13.0"], (13, 0), 1),  # compiled by the driver
+        (["9.0+PTX", "9.0+PTX @12.8"], ["13.0"], (12, 8), 1),  # that can read it
+    ],
+)
+def test_the_best_wheel(choose, given, gpus, driver, taken):
+    assert choose(given, gpus, driver=driver) == taken
+    assert choose(given[::-1], gpus, driver=driver) == len(given) - 1 - taken, "the order does not matter"
+
+
+@pytest.mark.parametrize(
+    "given, gpus, options, words",
+    [
+        (["8.9 win_amd64"], ["8.9"], {}, "is for win_amd64 and this machine is linux_x86_64 or manylinux_2_28_x86_64"),
+        (["8.9 cp310-cp310", "8.9 win_amd64"], ["8.9"], {}, "is for Python cp310 and this Python is cp312"),
+        (["8.9 cp312-cp312t"], ["8.9"], {}, "is for Python cp312t and this Python is cp312"),
+        (["8.9"], ["8.9"], {"python": "cp312t"}, "is for Python cp312 and this Python is cp312t"),
+        (["8.9 #other", "8.9 cp310-cp310"], ["8.9"], {}, "other sources (fedcba9876543210) than those here"),
+        (["8.9", "8.9 #other"], ["8.9"], {"driver": (12, 9)}, "needs a driver for CUDA 13.0 and this one is for 12.9"),
+        (["8.0 12.0", "9.0 #other"], ["9.0"], {}, "capability 8.0, 12.0 and GPU 0 has 9.0"),
+        (["8.9"], ["8.9", "12.0"], {}, "and GPU 1 has 12.0"),
+        (["8.9"], ["8.6"], {}, "GPU 0 has 8.6"),
+        (["9.0"], ["13.0"], {}, "GPU 0 has 13.0"),
+        (["9.0+PTX @12.8"], ["13.0"], {"driver": (12, 4)}, "GPU 0 has 13.0"),
+        (["8.9"], ["6.1"], {}, "needs a GPU of compute capability 7.5 or newer: GPU 0 has 6.1"),
+        (["8.9"], ["8.9"], {"driver": None}, "no NVIDIA driver|driver and none was found"),
+        ([], ["8.9"], {}, "lists no sage_kernels_cuda wheel"),
+    ],
+)
+def test_no_wheel_and_why(choose, given, gpus, options, words):
+    said = choose(given, gpus, **options)
+    assert isinstance(said, str) and any(part in said for part in words.split("|")), said
+
+
+def test_a_python_without_gil(choose):
+    assert choose(["8.9", "8.9 cp312-cp312t"], ["8.9"], python="cp312t") == 1
+
+
+def test_no_gpu(choose):
+    nothing = machine()
+    nothing.gpus = ()
+    assert "there is none here" in wheels.find("/nowhere", nothing)
+
+
+def test_what_is_no_wheel_of_ours_is_passed_over(make, server):
+    wheel = make()
+    good = (make.folder / "index.html").read_text()
+    (make.folder / "index.html").write_text(re.sub("#sha256=[0-9a-f]+", "", good))
+    assert "lists no sage_kernels_cuda wheel" in wheels.find(server.url, machine())
+    (make.folder / "index.html").write_text(good.replace("<a ", '<a data-yanked="broken" '))
+    assert "lists no" in wheels.find(server.url, machine())
+    other = f'<a href="torch-2.0-cp312-cp312-linux_x86_64.whl#sha256={"0" * 64}">'
+    (make.folder / "index.html").write_text(f'<a href=""><a href="{wheel.name}x.zip">{other}{good}')
+    assert wheels.find(server.url, machine()).name == wheel.name
+
+
+# ---- from the index to the package
+
+
+@pytest.mark.parametrize("kind", ["folder", "its index.html", "file address", "server", "page", "root"])
+def test_install_from_an_index(make, server, package, kind, tmp_path):
+    make()
+    make("12.0")
+    if kind == "root":
+        make.folder.rename(tmp_path / "Sage.Kernels_cuda")
+        make.folder.mkdir()
+        (tmp_path / "Sage.Kernels_cuda").rename(make.folder / "Sage.Kernels_cuda")
+        (make.folder / "index.html").write_text('<a href="torch/">torch</a> <a href="Sage.Kernels_cuda/">x</a>')
+    at = {
+        "folder": make.folder,
+        "its index.html": make.folder / "index.html",
+        "file address": make.folder.as_uri(),
+        "server": server.url.rstrip("/"),
+        "page": server.url + "index.html",
+        "root": server.url,
+    }
+    assert "Downloading sage_kernels_cuda-" in installed(at[kind], package)[0]
+
+
+def test_a_transfer_that_breaks_is_tried_again(make, server, package):
+    wheel = make()
+    server.bad[".whl"] = "once"
+    installed(server.url, package)
+    assert server.seen.count(f"/{wheel.name}") == 2
+
+
+def test_an_index_page_that_breaks_is_read_again(make, server, package):
+    make()
+    server.bad["/"] = "once"
+    installed(server.url, package)
+    assert server.seen.count("/") == 2
+
+
+def test_a_slow_server(make, server, package):
+    make()
+    server.bad[".whl"] = "slow"
+    threading.Timer(0.5, server.go_on.set).start()
+    installed(server.url, package)
+    assert server.sending.is_set()
+
+
+@pytest.mark.parametrize(
+    "bad, words", [("truncated", "another sha256|not enough bytes"), ("changed", "another sha256"), ("broken", "500")]
+)
+def test_a_wheel_that_does_not_arrive_whole(make, server, package, bad, words):
+    make()
+    server.bad[".whl"] = bad
+    found, said = wheels.find(server.url, machine()), []
+    with pytest.raises(WheelError, match=f"was not installed, after 3 tries: .*({words}).*{server.url}"):
+        wheels.install(found, package, said.append)
+    assert unchanged(package) and sum("trying again" in line for line in said) == 2
+
+
+@pytest.mark.parametrize("bad, words", [("truncated", "IncompleteRead"), ("broken", "Internal Server Error")])
+def test_an_index_that_cannot_be_read(make, server, bad, words):
+    make()
+    server.bad["/"] = bad
+    with pytest.raises(WheelError, match=f"the index {server.url} cannot be read.*{words}.*check the address"):
+        wheels.find(server.url, machine())
+    assert len(server.seen) == 3
+    server.bad.clear()
+    with pytest.raises(WheelError, match="cannot be read .Not Found"):
+        wheels.find(server.url + "nothing", machine())
+    assert len(server.seen) == 4, "that does not change by asking again"
+
+
+def test_no_network():
+    with Server(Path()) as closed:
+        url = closed.url
+    with pytest.raises(WheelError, match="cannot be read .*refused.*check the address, the network and the proxy"):
+        wheels.find(url, machine())
+
+
+@pytest.mark.parametrize("index", ["/nowhere/at all", "ftp://x/y", "http://name:secret@127.0.0.1/"])
+def test_no_index_there(index):
+    with pytest.raises(WheelError, match="neither an http.s. address nor a folder|cannot be read"):
+        wheels.find(index, machine())
+
+
+def test_the_proxy_is_used(make, server, package, monkeypatch):
+    wheel = make()
+    monkeypatch.setenv("http_proxy", server.url)
+    installed("http://wheels.invalid/", package)
+    assert server.seen == ["http://wheels.invalid/", f"http://wheels.invalid/{wheel.name}"]
+
+
+@pytest.mark.parametrize(
+    "case, words",
+    [
+        ("two", "holds sage_kernels/.*, sage_kernels/_C.so and this Python needs .* and nothing else"),
+        ("none", "holds no binary"),
+        ("other Python", "holds .*cpython-3000.* and this Python needs"),
+        ("sources", "other sources than its name"),
+        ("loads", "cannot be loaded by this Python"),
+    ],
+)
+def test_a_wheel_of_wrong_contents(make, package, monkeypatch, case, words):
+    entries = {
+        "two": ["sage_kernels/_C.so", f"sage_kernels/{BINARY}"],
+        "none": [],
+        "other Python": ["sage_kernels/_C.cpython-3000.so"],
+    }
+    if case in entries:
+        pack = make_wheel._zip
+
+        def changed(files, record):
+            about = {name: content for name, content in files.items() if ".dist-info/" in name}
+            return pack({**about, **dict.fromkeys(entries[case], b"x")}, record)
+
+        monkeypatch.setattr(make_wheel, "_zip", changed)
+    elif case == "sources":
+        monkeypatch.setattr(wheels, "binary_info", lambda binary: ([], 0, "another"))
+    else:
+        monkeypatch.setattr(wheels, "binary_info", make_wheel.binary_info)
+    make()
+    with pytest.raises(WheelError, match=words):
+        wheels.install(wheels.find(str(make.folder), machine()), package, lambda line: None)
+    assert unchanged(package)
+
+
+@pytest.mark.parametrize(
+    "said, words",
+    [
+        ("/x/python: No module named pip\n", "has no pip; run .* -m ensurepip"),
+        ("a\nERROR: first\nb\n", "pip said: ERROR: first"),
+        ("ERROR: Exception:\nTraceback\n  x\nRetryError: too many\n", "pip said: RetryError: too many"),
+        ("", "pip said: nothing"),
+    ],
+)
+def test_what_pip_says(said, words):
+    assert re.search(words, wheels._pip_failure(said))
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
+def test_a_package_that_cannot_be_written(make, package):
+    make()
+    package.chmod(0o500)
+    try:
+        with pytest.raises(WheelError, match="cannot be written"):
+            wheels.install(wheels.find(str(make.folder), machine()), package, lambda line: None)
+    finally:
+        package.chmod(0o700)
+    assert unchanged(package)
+
+
+def test_a_package_that_is_not_there(make, tmp_path):
+    make()
+    with pytest.raises(WheelError, match="cannot be installed into .*No such file"):
+        wheels.install(wheels.find(str(make.folder), machine()), tmp_path / "nowhere", lambda line: None)
+
+
+# ---- killed
+
+INSTALL = """
+import os, signal, sys
+from pathlib import Path
+from types import SimpleNamespace
+root, index, package, python, platforms, source, at = sys.argv[1:]
+sys.path.insert(0, root)
+from csrc import wheels
+wheels.binary_info = lambda binary: ([], 0, source)
+if at == "replace":
+    os.replace = lambda *paths: os.kill(os.getpid(), signal.SIGKILL)
+gpu = SimpleNamespace(name="GPU", arch="8.9")
+machine = SimpleNamespace(
+    python_tag=python, platform_tags=platforms.split(), driver_cuda=(13, 0), gpus=(gpu,), source_hash=source
+)
+wheels.install(wheels.find(index, machine), Path(package))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
+@pytest.mark.parametrize("at", ["download", "replace"])
+def test_killed_while_it_installs(make, server, package, tmp_path, at):
+    make()
+    if at == "download":
+        server.bad[".whl"] = "slow"
+    arguments = [build.CSRC.parent, server.url, package, PYTHON, " ".join(PLATFORMS), SOURCE, at]
+    (tmp_path / "tmp").mkdir()
+    running = subprocess.Popen(
+        [sys.executable, "-c", INSTALL, *map(str, arguments)],
+        env={**os.environ, "TMPDIR": str(tmp_path / "tmp")},
+        start_new_session=True,  # so that its pip ends with it
+    )
+    if at == "download":
+        assert server.sending.wait(20)
+        os.killpg(running.pid, signal.SIGKILL)
+    assert running.wait(20) == -signal.SIGKILL
+    assert (package / BINARY).read_bytes() == b"the old binary"
+    left = [name for name in os.listdir(package) if name != BINARY]
+    assert not any(name.endswith((".so", ".pyd")) for name in left) and (at == "replace" or not left)
+    for name in left:
+        (package / name).unlink()
+    server.bad.clear()
+    installed(server.url, package)
