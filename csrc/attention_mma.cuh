@@ -206,10 +206,10 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct Attention {
         TileCopies copies(shared, k.codes + k_row * DIM + int64_t(at.tile_begin) * K_BYTES,
                           v.codes + k_row * (V_DIM * v_bytes(MODE)) + int64_t(at.tile_begin) * V_BYTES);
         const int tiles = at.tile_end - at.tile_begin;
-        copies.start(tiles > 0, false);
-        copies.start(tiles > 1, tiles > 0);
-        uint32_t k_here = ptx::shared_address(shared) + lane() * 16, v_here = k_here + TileCopies::V_OFFSET;  // this lane's operands
-        const uint32_t q_shared = k_here + TileCopies::SHARED_BYTES + warp * (ROWS * DIM);
+        copies.start(tiles > 0, false, 0);
+        copies.start(tiles > 1, tiles > 0, 1);
+        const uint32_t own = ptx::shared_address(shared) + lane() * 16;  // this lane's operands
+        const uint32_t q_shared = own + TileCopies::SHARED_BYTES + warp * (ROWS * DIM);
         const int8_t* q_codes = q.codes + (at.q_row * call.q_padded() + at.row) * DIM;
 
         Rows rows;
@@ -232,27 +232,28 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct Attention {
             k_scales += GROUPS * call.k_sub;
         };
         load_k_scale(tiles > 0);
-        copies.land();
+        copies.land(0);
         __syncthreads();
         Operands k_first, v_first;
-        load_k(k_first, k_here, 0);
-        int k_step = K_BYTES, v_step = V_BYTES;  // to the other tile and back
+        load_k(k_first, own, 0);
+        int which = 0;  // which of the two tiles in shared memory
         for (int tile = at.tile_begin; tile < at.tile_end; ++tile) {
             float k_scale[GROUPS];
 #pragma unroll
             for (int g = 0; g < GROUPS; ++g) k_scale[g] = next_k_scale[g];
             load_k_scale(tile + 1 < at.tile_end);
             Scores s;
-            multiply_qk(s, held, q_shared, k_here, k_first);
+            multiply_qk(s, held, q_shared, own + which * K_BYTES, k_first);
             if (MASKED || tile >= at.whole_end) Soft::hide(s, at, rows, k_scale, tile * KEYS, call.is_causal);
             Turn turn[M];
             float base[M][2];
             raise(turn, base, rows, s, k_scale);
             const typename Soft::Exponent exponent = Soft::exponent(s, rows, base, k_scale, call.p_max_log2);
             // Here V of this tile and K of the next have landed, and all are done with K of this one and V of the one before.
-            copies.land();
+            copies.land(which ^ 1);
             __syncthreads();
-            copies.start(tile + 2 < at.tile_end, tile + 1 < at.tile_end);
+            copies.start(tile + 2 < at.tile_end, tile + 1 < at.tile_end, which);
+            const uint32_t v_here = own + TileCopies::V_OFFSET + which * V_BYTES;
             load_v(v_first, v_here, 0);
             Probabilities p;
             float sums[M][2];
@@ -261,11 +262,8 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct Attention {
             for (int m = 0; m < M; ++m)
 #pragma unroll
                 for (int r = 0; r < 2; ++r) rows.total[m][r] += Pv::P_AT_TILE ? sums[m][r] * turn[m].grow[r] : sums[m][r];
-            k_here += k_step;
-            multiply_pv(rows, p, turn, v_here, v_first, k_first, k_here);
-            v_here += v_step;
-            k_step = -k_step;
-            v_step = -v_step;
+            which ^= 1;
+            multiply_pv(rows, p, turn, v_here, v_first, k_first, own + which * K_BYTES);
         }
         Soft::template locate<TILE.rows()>(call, stats, mask, warp, at);  // once more, rather than to hold it in registers through the loop
         Soft::write(call, at, rows, stats, q, partials, out, lse);
