@@ -1,8 +1,8 @@
 // Attention with wgmma, for compute capability 9.0 alone: INT8 Q K^T and PV in the modes of has_wgmma.
 //
 // A block has 128 queries and three warpgroups. One thread of the first asks for tiles of K and V, which copies bring into shared
-// memory; the other two each own 64 queries. What a warpgroup does with tile j is in iterate(): its matrix products run in the
-// background of its own softmax and of the other's. docs/hopper.md draws it and lists what else was tried.
+// memory; the other two each own 64 queries. What a warpgroup does with each tile is in consume(): its matrix products run in
+// the background of its own softmax and of the other's. docs/hopper.md draws it and lists what else was tried.
 #pragma once
 
 #include "common/softmax.cuh"
@@ -159,10 +159,7 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct WgmmaAttention {
         float tops[1][2];
         Soft::find_tops(tops, state.rows, state.s, state.k_scale);
 #pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            const float top = Pv::P_AT_TILE ? tops[0][r] : fmaxf(tops[0][r], state.rows.top[0][r]);
-            state.base[0][r] = top;
-        }
+        for (int r = 0; r < 2; ++r) state.base[0][r] = Pv::P_AT_TILE ? tops[0][r] : fmaxf(tops[0][r], state.rows.top[0][r]);
     }
 
     __device__ static void consume(const Call& call, const typename Soft::Place& at, const KCodes& k, const QCodes& q, const Tiles& tiles,

@@ -72,23 +72,23 @@ def choose_archs(asked: Sequence[str] | None, gpus: Sequence[str] | None = None)
                     f"{arch!r} is no architecture of these kernels; there are {', '.join(ARCHS)}, each with {PTX} after it "
                     "where newer GPUs are to compile it for themselves"
                 )
-        return sorted(set(asked), key=_version)
+        return sorted(set(asked), key=arch_number)
     gpus = gpu_archs() if gpus is None else gpus
     if not gpus:
         raise NothingToBuild("no NVIDIA GPU was found to build for: name architectures, for example --archs 8.9,12.0")
     chosen = set()
     for gpu in gpus:
-        older = [arch for arch in ARCHS if _version(arch) <= _version(gpu)]
-        fits = [arch for arch in older if _version(arch)[0] == _version(gpu)[0]]
+        older = [arch for arch in ARCHS if arch_number(arch) <= arch_number(gpu)]
+        fits = [arch for arch in older if arch_number(arch)[0] == arch_number(gpu)[0]]
         if fits:
-            chosen.add(max(fits, key=_version))
+            chosen.add(max(fits, key=arch_number))
         elif older:  # newer than these kernels: its driver compiles the newest of them that it can
-            chosen.add(max(older, key=_version) + PTX)
+            chosen.add(max(older, key=arch_number) + PTX)
     if not chosen:
         raise NothingToBuild(
             f"these kernels need compute capability 7.5 or newer and the GPUs here have {', '.join(gpus)}"
         )
-    return sorted(chosen, key=_version)
+    return sorted(chosen, key=arch_number)
 
 
 def code_name(arch: str) -> str:
@@ -96,7 +96,7 @@ def code_name(arch: str) -> str:
     return arch.replace(".", "") + FEATURES.get(arch, "")
 
 
-def _version(text: str) -> tuple[int, ...]:
+def arch_number(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.removesuffix(PTX).split("."))
 
 

@@ -21,7 +21,7 @@ from . import build, driver, make_wheel, wheels
 from .driver import Gpu
 
 OLDEST_PYTHON = (3, 10)
-OLDEST_GPU = min(build.ARCHS, key=make_wheel.arch_number)
+OLDEST_GPU = min(build.ARCHS, key=build.arch_number)
 OLDEST_TRITON, OLDEST_TRITON_GPU = (3, 3), (8, 0)  # as sage_kernels.dispatch has them, which imports torch
 NO_INDEX = "no index of wheels is set (--index, or SAGE_KERNELS_INDEX)"
 

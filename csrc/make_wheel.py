@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from . import build
-from .build import PTX
+from .build import PTX, arch_number
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = "sage-kernels-cuda"
@@ -64,10 +64,6 @@ def packaging(part: str) -> Any:
         except ImportError:
             continue
     raise WheelError(f"wheels need pip, which this Python lacks: run {sys.executable} -m ensurepip")
-
-
-def arch_number(arch: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in arch.removesuffix(PTX).split("."))
 
 
 # ---- a wheel

@@ -23,13 +23,12 @@ from pathlib import Path
 from typing import Any
 
 from . import build
-from .build import PTX, BuildError
+from .build import PTX, BuildError, arch_number
 from .make_wheel import (
     MODULE,
     PROJECT,
     ROOT,
     WheelError,
-    arch_number,
     binary_info,
     build_wheel,
     packaging,

@@ -5,8 +5,10 @@ Run as a program it is install.py on such a machine: `stand_in.py FOLDER [option
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from packaging import tags
 
 ROOT = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
@@ -123,6 +125,21 @@ def pretend(put, at, **changes):
     put(wheels, "binary_info", binary_info)
     put(machine.Machine, "look", staticmethod(look))
     put(build, "gpu_archs", lambda: [gpu.arch for gpu in look().gpus])
+
+
+# ---- for wheels
+
+SOURCE = "0123456789abcdef"
+PYTHON = f"cp{sys.version_info[0]}{sys.version_info[1]}"
+PLATFORMS = list(tags.platform_tags())
+
+
+def machine_with(*gpus, driver=(13, 0), python=PYTHON, platforms=PLATFORMS, source_hash=SOURCE):
+    """What wheels.find reads of a Machine."""
+    gpus = tuple(SimpleNamespace(name=f"GPU {at}", arch=arch) for at, arch in enumerate(gpus or ("8.9",)))
+    return SimpleNamespace(
+        python_tag=python, platform_tags=platforms, driver_cuda=driver, gpus=gpus, source_hash=source_hash
+    )
 
 
 if __name__ == "__main__":

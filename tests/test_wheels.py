@@ -14,28 +14,18 @@ import zipfile
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import SimpleNamespace
 from urllib.parse import unquote, urlsplit
 
 import pytest
 from packaging import tags
 from packaging.utils import parse_wheel_filename
+from stand_in import PLATFORMS, PYTHON, SOURCE, machine_with
 
 from csrc import build, make_wheel, wheels
 from csrc.wheels import WheelError
 
-SOURCE = "0123456789abcdef"
-PYTHON = f"cp{sys.version_info[0]}{sys.version_info[1]}"
-PLATFORMS = list(tags.platform_tags())
 BINARY = build.binary_name()
 WHOLE = b"the new binary" + bytes(range(256)) * 400
-
-
-def machine(*gpus, driver=(13, 0), python=PYTHON, platforms=PLATFORMS, source_hash=SOURCE):
-    gpus = tuple(SimpleNamespace(name=f"GPU {at}", arch=arch) for at, arch in enumerate(gpus or ("8.9",)))
-    return SimpleNamespace(
-        python_tag=python, platform_tags=platforms, driver_cuda=driver, gpus=gpus, source_hash=source_hash
-    )
 
 
 @pytest.fixture(autouse=True)
@@ -140,7 +130,7 @@ def server(make):
 
 def installed(index, package):
     said = []
-    found = wheels.find(str(index), machine())
+    found = wheels.find(str(index), machine_with())
     assert isinstance(found, wheels.Candidate), found
     assert wheels.install(found, package, said.append) == package / BINARY
     assert (package / BINARY).read_bytes() == WHOLE and os.listdir(package) == [BINARY]
@@ -198,7 +188,7 @@ def test_the_real_binary(tmp_path, package, monkeypatch):
     archs, cuda, source = make_wheel.binary_info(binary)
     wheel = wheels.build_wheel(binary, archs, tmp_path / "out", lambda line: None)
     wheels.write_index(tmp_path / "out")
-    found = wheels.find(str(tmp_path / "out"), machine(archs[0].removesuffix("+PTX"), source_hash=source))
+    found = wheels.find(str(tmp_path / "out"), machine_with(archs[0].removesuffix("+PTX"), source_hash=source))
     assert found.name == wheel.name and (found.archs, found.cuda[0]) == (tuple(archs), cuda // 1000)
     wheels.install(found, package, lambda line: None)
     assert (package / BINARY).read_bytes() == binary.read_bytes()
@@ -259,105 +249,16 @@ def test_a_pyproject_that_is_broken(monkeypatch, tmp_path):
         wheels.configured_index(None)
 
 
-# ---- which wheel: by names alone
-
-LINUX, WINDOWS = "manylinux_2_28_x86_64", "win_amd64"
-
-
-def names(*wheels_):
-    """The names of wheels, each told as "8.9 12.0 @12.8 #other cp310-cp310 win_amd64": archs, CUDA, other sources, tags."""
-    for text in wheels_:
-        words = text.split()
-        archs = ["sm" + word.replace(".", "").replace("+PTX", "ptx") for word in words if word[0].isdigit()]
-        cuda = next((word[1:] for word in words if word[0] == "@"), "13.0")
-        source = "fedcba9876543210" if "#other" in words else SOURCE
-        python = next((word for word in words if word.startswith("cp")), "cp312-cp312")
-        platform = WINDOWS if WINDOWS in words else LINUX
-        yield f"sage_kernels_cuda-0.1.0-{'.'.join([cuda, *archs])}.src{source}-{python}-{platform}.whl"
-
-
-@pytest.fixture
-def choose(tmp_path):
-    """choose(wheels, gpus, **machine): the number of the wheel that is taken, or the sentence."""
-
-    def go(given, gpus, **options):
-        given = list(names(*given))
-        links = [f'<A class=x HREF="{name}#sha256={"0" * 64}">{name}</A>' for name in given]
-        (tmp_path / "index.html").write_text("\n".join(["<p>", '<a href="README.md">', *links]))
-        options = {"python": "cp312", "platforms": ["linux_x86_64", LINUX], **options}
-        found = wheels.find(str(tmp_path), machine(*gpus, **options))
-        return found if isinstance(found, str) else given.index(found.name)
-
-    return go
-
-
-@pytest.mark.parametrize(
-    "given, gpus, driver, taken",
-    [
-        (["8.9", "8.9 12.0", "12.0"], ["8.9"], (13, 0), 0),  # fewest extra ones
-        (["12.0", "8.9 12.0"], ["12.0"], (13, 0), 0),
-        (["8.9", "8.9 12.0", "8.0 8.9 12.0"], ["8.9", "12.0"], (13, 0), 1),  # all GPUs
-        (["8.0", "8.0 8.9 9.0"], ["8.9"], (13, 0), 1),  # newer kernels before fewer
-        (["8.0", "9.0"], ["8.7"], (13, 0), 0),  # an older minor version of the same major
-        (["8.9 @12.8", "8.9"], ["8.9"], (13, 0), 1),  # the newest CUDA
-        (["8.9 @12.8", "8.9"], ["8.9"], (12, 9), 0),  # that the driver runs
-        (["8.9 @12.10", "8.9 @12.8"], ["8.9"], (12, 8), 0),
-        (["8.9 @12.8"], ["8.9"], (12, 2), 0),  # any minor version of its major
-        (["8.9 cp310-cp310", "8.9 win_amd64", "8.9 #other", "8.9"], ["8.9"], (13, 0), 3),
-        (["8.9", "7.5"], ["6.1", "7.5"], (13, 0), 1),  # a GPU that no kernel runs on does not count
-        (["9.0", "8.0 9.0+PTX"], ["13.0"], (13, 0), 1),  # compiled by the driver
-        (["9.0+PTX", "9.0+PTX @12.8"], ["13.0"], (12, 8), 1),  # that can read it
-    ],
-)
-def test_the_best_wheel(choose, given, gpus, driver, taken):
-    assert choose(given, gpus, driver=driver) == taken
-    assert choose(given[::-1], gpus, driver=driver) == len(given) - 1 - taken, "the order does not matter"
-
-
-@pytest.mark.parametrize(
-    "given, gpus, options, words",
-    [
-        (["8.9 win_amd64"], ["8.9"], {}, "is for win_amd64 and this machine is linux_x86_64 or manylinux_2_28_x86_64"),
-        (["8.9 cp310-cp310", "8.9 win_amd64"], ["8.9"], {}, "is for Python cp310 and this Python is cp312"),
-        (["8.9 cp312-cp312t"], ["8.9"], {}, "is for Python cp312t and this Python is cp312"),
-        (["8.9"], ["8.9"], {"python": "cp312t"}, "is for Python cp312 and this Python is cp312t"),
-        (["8.9 #other", "8.9 cp310-cp310"], ["8.9"], {}, "other sources (fedcba9876543210) than those here"),
-        (["8.9", "8.9 #other"], ["8.9"], {"driver": (12, 9)}, "needs a driver for CUDA 13.0 and this one is for 12.9"),
-        (["8.0 12.0", "9.0 #other"], ["9.0"], {}, "capability 8.0, 12.0 and GPU 0 has 9.0"),
-        (["8.9"], ["8.9", "12.0"], {}, "and GPU 1 has 12.0"),
-        (["8.9"], ["8.6"], {}, "GPU 0 has 8.6"),
-        (["9.0"], ["13.0"], {}, "GPU 0 has 13.0"),
-        (["9.0+PTX @12.8"], ["13.0"], {"driver": (12, 4)}, "GPU 0 has 13.0"),
-        (["8.9"], ["6.1"], {}, "needs a GPU of compute capability 7.5 or newer: GPU 0 has 6.1"),
-        (["8.9"], ["8.9"], {"driver": None}, "no NVIDIA driver|driver and none was found"),
-        ([], ["8.9"], {}, "lists no sage_kernels_cuda wheel"),
-    ],
-)
-def test_no_wheel_and_why(choose, given, gpus, options, words):
-    said = choose(given, gpus, **options)
-    assert isinstance(said, str) and any(part in said for part in words.split("|")), said
-
-
-def test_a_python_without_gil(choose):
-    assert choose(["8.9", "8.9 cp312-cp312t"], ["8.9"], python="cp312t") == 1
-
-
-def test_no_gpu(choose):
-    nothing = machine()
-    nothing.gpus = ()
-    assert "there is none here" in wheels.find("/nowhere", nothing)
-
-
 def test_what_is_no_wheel_of_ours_is_passed_over(make, server):
     wheel = make()
     good = (make.folder / "index.html").read_text()
     (make.folder / "index.html").write_text(re.sub("#sha256=[0-9a-f]+", "", good))
-    assert "lists no sage_kernels_cuda wheel" in wheels.find(server.url, machine())
+    assert "lists no sage_kernels_cuda wheel" in wheels.find(server.url, machine_with())
     (make.folder / "index.html").write_text(good.replace("<a ", '<a data-yanked="broken" '))
-    assert "lists no" in wheels.find(server.url, machine())
+    assert "lists no" in wheels.find(server.url, machine_with())
     other = f'<a href="torch-2.0-cp312-cp312-linux_x86_64.whl#sha256={"0" * 64}">'
     (make.folder / "index.html").write_text(f'<a href=""><a href="{wheel.name}x.zip">{other}{good}')
-    assert wheels.find(server.url, machine()).name == wheel.name
+    assert wheels.find(server.url, machine_with()).name == wheel.name
 
 
 # ---- from the index to the package
@@ -411,7 +312,7 @@ def test_a_slow_server(make, server, package):
 def test_a_wheel_that_does_not_arrive_whole(make, server, package, bad, words):
     make()
     server.bad[".whl"] = bad
-    found, said = wheels.find(server.url, machine()), []
+    found, said = wheels.find(server.url, machine_with()), []
     with pytest.raises(WheelError, match=f"was not installed, after 3 tries: .*({words}).*{server.url}"):
         wheels.install(found, package, said.append)
     assert unchanged(package) and sum("trying again" in line for line in said) == 2
@@ -422,11 +323,11 @@ def test_an_index_that_cannot_be_read(make, server, bad, words):
     make()
     server.bad["/"] = bad
     with pytest.raises(WheelError, match=f"the index {server.url} cannot be read.*{words}.*check the address"):
-        wheels.find(server.url, machine())
+        wheels.find(server.url, machine_with())
     assert len(server.seen) == 3
     server.bad.clear()
     with pytest.raises(WheelError, match="cannot be read .Not Found"):
-        wheels.find(server.url + "nothing", machine())
+        wheels.find(server.url + "nothing", machine_with())
     assert len(server.seen) == 4, "that does not change by asking again"
 
 
@@ -434,13 +335,13 @@ def test_no_network():
     with Server(Path()) as closed:
         url = closed.url
     with pytest.raises(WheelError, match="cannot be read .*refused.*check the address, the network and the proxy"):
-        wheels.find(url, machine())
+        wheels.find(url, machine_with())
 
 
 @pytest.mark.parametrize("index", ["/nowhere/at all", "ftp://x/y", "http://name:secret@127.0.0.1/"])
 def test_no_index_there(index):
     with pytest.raises(WheelError, match="neither an http.s. address nor a folder|cannot be read"):
-        wheels.find(index, machine())
+        wheels.find(index, machine_with())
 
 
 def test_the_proxy_is_used(make, server, package, monkeypatch):
@@ -480,7 +381,7 @@ def test_a_wheel_of_wrong_contents(make, package, monkeypatch, case, words):
         monkeypatch.setattr(wheels, "binary_info", make_wheel.binary_info)
     make()
     with pytest.raises(WheelError, match=words):
-        wheels.install(wheels.find(str(make.folder), machine()), package, lambda line: None)
+        wheels.install(wheels.find(str(make.folder), machine_with()), package, lambda line: None)
     assert unchanged(package)
 
 
@@ -503,7 +404,7 @@ def test_a_package_that_cannot_be_written(make, package):
     package.chmod(0o500)
     try:
         with pytest.raises(WheelError, match="cannot be written"):
-            wheels.install(wheels.find(str(make.folder), machine()), package, lambda line: None)
+            wheels.install(wheels.find(str(make.folder), machine_with()), package, lambda line: None)
     finally:
         package.chmod(0o700)
     assert unchanged(package)
@@ -512,7 +413,7 @@ def test_a_package_that_cannot_be_written(make, package):
 def test_a_package_that_is_not_there(make, tmp_path):
     make()
     with pytest.raises(WheelError, match="cannot be installed into .*No such file"):
-        wheels.install(wheels.find(str(make.folder), machine()), tmp_path / "nowhere", lambda line: None)
+        wheels.install(wheels.find(str(make.folder), machine_with()), tmp_path / "nowhere", lambda line: None)
 
 
 # ---- killed
