@@ -201,7 +201,7 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct Attention {
         extern __shared__ __align__(128) char shared[];  // two tiles of K and V: one in use, one on its way; then Q
         const int warp = threadIdx.x / 32;
         typename Soft::Place at;
-        if (!Soft::template locate<TILE.rows()>(call, stats, mask, warp, at)) return;
+        if (!Soft::template locate<TILE.rows(), int64_t>(call, mask, warp, at) || stats.bad[at.kv_row]) return;
         const int64_t k_row = at.kv_row * call.k_padded();
         TileCopies copies(shared, k.codes + k_row * DIM + int64_t(at.tile_begin) * K_BYTES,
                           v.codes + k_row * (V_DIM * v_bytes(MODE)) + int64_t(at.tile_begin) * V_BYTES);
@@ -248,7 +248,7 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct Attention {
             Turn turn[M];
             float base[M][2];
             raise(turn, base, rows, s, k_scale);
-            const typename Soft::Exponent exponent = Soft::exponent(s, rows, base, k_scale, call.p_max_log2);
+            const typename Soft::Exponent exponent = Soft::exponent(s, rows, base, k_scale, call.p_max_log2, Soft::large(rows, k_scale));
             // Here V of this tile and K of the next have landed, and all are done with K of this one and V of the one before.
             copies.land(which ^ 1);
             __syncthreads();
@@ -265,8 +265,9 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct Attention {
             which ^= 1;
             multiply_pv(rows, p, turn, v_here, v_first, k_first, own + which * K_BYTES);
         }
-        Soft::template locate<TILE.rows()>(call, stats, mask, warp, at);  // once more, rather than to hold it in registers through the loop
-        Soft::write(call, at, rows, stats, q, partials, out, lse);
+        Soft::template locate<TILE.rows(), int64_t>(call, mask, warp, at);  // once more, rather than to hold it in registers through the loop
+        Soft::write(call, at, rows, q, partials, out, lse,
+                    [&](int channel) { return Finish::of(call, stats, at.kv_row, channel, at.k.n); });
     }
 };
 

@@ -15,7 +15,7 @@ namespace sage {
 // What the copies bring: at turn t K of tile t and V of tile t - 1, to stages that go round.
 template <int K_BYTES, int V_BYTES> struct Stages {
     static constexpr int COUNT = 3;
-    static constexpr int BYTES = COUNT * (K_BYTES + V_BYTES), BARRIERS = 3 * COUNT;
+    static constexpr int BYTES = COUNT * (K_BYTES + V_BYTES), BARRIER_BYTES = (3 * COUNT * 8 + 15) / 16 * 16;
     uint32_t shared;  // K's stages, then V's, then the barriers
 
     __device__ uint32_t k(int stage) const { return shared + stage * K_BYTES; }
@@ -57,7 +57,8 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct WgmmaAttention {
     static constexpr int K_BYTES = KEYS * DIM, V_BYTES = KEYS * V_DIM * v_bytes(MODE), Q_BYTES = ROWS * DIM;
     using Tiles = Stages<K_BYTES, V_BYTES>;
     static constexpr int ALIGNMENT = 1024;  // of swizzled rows
-    static constexpr int SHARED_BYTES = ALIGNMENT + Q_BYTES + Tiles::BYTES + Tiles::BARRIERS * 8;
+    static constexpr int FINISH_BYTES = V_DIM * 8;  // of a warpgroup: two floats a channel
+    static constexpr int SHARED_BYTES = ALIGNMENT + Q_BYTES + Tiles::BYTES + Tiles::BARRIER_BYTES + WARPGROUPS * FINISH_BYTES;
     static constexpr int REGISTERS = 240, COPY_REGISTERS = 24;  // of a thread: 2 * 128 * 240 + 128 * 24 are all there are
 
     using Soft = Softmax<MODE, 1, KEYS, V_DIM, MASKED>;
@@ -82,10 +83,19 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct WgmmaAttention {
 
     template <class T, int A, int B> __device__ static T (&flat(T (&x)[A][B]))[A * B] { return reinterpret_cast<T(&)[A * B]>(x); }
 
+    // Scores start at MAGIC, as Softmax wants them: the compiler hides these moves among the exponentials before.
+    __device__ static void clear(typename Soft::Scores& s) {
+#pragma unroll
+        for (int n = 0; n < Soft::N; ++n)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) s[0][n][i] = MAGIC_BITS;
+        wgmma::changed(flat(s[0]));
+    }
+
     __device__ static void multiply_qk(typename Soft::Scores& s, uint64_t q, uint64_t k) {
 #pragma unroll
         for (int step = 0; step < DIM / 32; ++step)
-            wgmma::mma_s8(flat(s[0]), q + step * wgmma::STEP, k + step * wgmma::STEP, step > 0);
+            wgmma::mma_s8(flat(s[0]), q + step * wgmma::STEP, k + step * wgmma::STEP, true);
         wgmma::commit();
     }
 
@@ -140,22 +150,9 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct WgmmaAttention {
         }
     }
 
-    __device__ static void add_to(typename Soft::Scores& s, int32_t bits) {
-#pragma unroll
-        for (int n = 0; n < Soft::N; ++n)
-#pragma unroll
-            for (int i = 0; i < 4; ++i) s[0][n][i] += bits;
-    }
-
     // From the scores of a tile, which have just arrived, to what weigh() takes its exponents from.
     __device__ static void find_base(State& state, const typename Soft::Place& at, int tile, bool causal) {
-        // Raw codes become MAGIC + code, as Softmax has them: last, where it mixes with the search for the maximum.
-        if (MASKED || tile >= at.whole_end) {
-            add_to(state.s, MAGIC_BITS);
-            Soft::hide(state.s, at, state.rows, state.k_scale, tile * KEYS, causal);
-            add_to(state.s, -MAGIC_BITS);
-        }
-        add_to(state.s, MAGIC_BITS);
+        if (MASKED || tile >= at.whole_end) Soft::hide(state.s, at, state.rows, state.k_scale, tile * KEYS, causal);
         float tops[1][2];
         Soft::find_tops(tops, state.rows, state.s, state.k_scale);
 #pragma unroll
@@ -191,9 +188,11 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct WgmmaAttention {
 
         load_k_scale(true);
         ptx::wait_barrier(tiles.full(0), 0);
+        clear(state.s);
         wgmma::fence();
         multiply_qk(state.s, q_rows, k_rows);
         take_k_scale();
+        bool large = Soft::large(state.rows, state.k_scale);
         load_k_scale(count > 1);
         int stage = 0, next = 1, phase = 0;  // of this tile; of the next, and the phase of its barrier
         ptx::wait_barrier(tiles.full(next), phase);
@@ -207,12 +206,14 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct WgmmaAttention {
             float base[1][2];
 #pragma unroll
             for (int r = 0; r < 2; ++r) base[0][r] = finite(state.base[0][r]);
-            const typename Soft::Exponent exponent = Soft::exponent(state.s, state.rows, base, state.k_scale, call.p_max_log2);
+            const typename Soft::Exponent exponent = Soft::exponent(state.s, state.rows, base, state.k_scale, call.p_max_log2, large);
             flush(state);
             typename Soft::Probabilities p;
             float sums[1][2];
             Soft::weigh(p, sums, state.s, exponent, base, call.p_max_log2);
             wgmma::changed(flat(p[0]));
+
+            clear(state.s);
 
             // In the background from here on: the next tile's scores, first, and this tile's sums.
             wgmma::fence();
@@ -231,6 +232,7 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct WgmmaAttention {
                 }
             }
             take_k_scale();
+            large = Soft::large(state.rows, state.k_scale);
             load_k_scale(tile + 2 < at.tile_end);
             const int done = stage;
             stage = next;
@@ -254,18 +256,26 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct WgmmaAttention {
         extern __shared__ char shared[];
         const uint32_t q_shared = (ptx::shared_address(shared) + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
         const Tiles tiles{q_shared + Q_BYTES};
-        const int group = threadIdx.x / 128, warp = threadIdx.x / 32 - 4;  // of the warpgroups with queries
+        // The same in all threads of a warp: the shuffle shows that to the compiler, which then has descriptors ready in uniform registers.
+        const int group = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 128, 0);
+        const int warp = threadIdx.x / 32 - 4, thread = threadIdx.x % 128;  // of the warpgroups with queries; of a warpgroup
         typename Soft::Place at;
-        if (!Soft::template locate<ROWS>(call, stats, mask, warp, at)) return;
-        if (threadIdx.x == 0) tiles.init(WARPGROUPS);
-        const int first = at.row - warp * 16;
-        const int8_t* q_codes = q.codes + (at.q_row * call.q_padded() + first) * DIM;
-        for (int i = threadIdx.x; i < Q_BYTES / 16; i += THREADS) {
-            const int row = i * 16 / DIM, byte = i * 16 % DIM;
-            ptx::store_shared16(q_shared + row * DIM + swizzled(byte, row, DIM), reinterpret_cast<const uint4*>(q_codes)[i]);
+        if (!Soft::template locate<ROWS, uint32_t>(call, mask, warp, at)) return;
+
+        // All that memory has to say is asked for at once, for each answer takes hundreds of clocks.
+        const int32_t bad = stats.bad[at.kv_row];
+        uint4 codes[DIM / 32];
+        float2 finish;
+        if (group > 0) {
+            const int64_t first = at.q_row * call.q_padded() + at.row - warp % 4 * 16;
+#pragma unroll
+            for (int i = 0; i < DIM / 32; ++i) codes[i] = reinterpret_cast<const uint4*>(q.codes + first * DIM)[i * 128 + thread];
+            if (thread < V_DIM) finish = finish_of(call, stats, at.kv_row, thread, at.k.n);
         }
-        ptx::publish_shared();
+        if (threadIdx.x == 0) tiles.init(WARPGROUPS);
         __syncthreads();
+        if (bad) return;
+
         if (group == 0) {
             asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COPY_REGISTERS));
             if (threadIdx.x == 0)
@@ -275,9 +285,28 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct WgmmaAttention {
             return;
         }
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+        const uint32_t own_q = q_shared + (group - 1) * 64 * DIM;
+        const uint32_t own_finish = tiles.shared + Tiles::BYTES + Tiles::BARRIER_BYTES + (group - 1) * FINISH_BYTES;
+#pragma unroll
+        for (int i = 0; i < DIM / 32; ++i) {
+            const int row = (i * 128 + thread) * 16 / DIM, byte = (i * 128 + thread) * 16 % DIM;
+            ptx::store_shared16(own_q + row * DIM + swizzled(byte, row, DIM), codes[i]);
+        }
+        if (thread < V_DIM) ptx::store_shared8(own_finish + thread * 8, finish);
+        ptx::publish_shared();
+        ptx::meet(group, 128);
         State state;
-        consume(call, at, k, q, tiles, q_shared + (group - 1) * 64 * DIM, state);
-        Soft::write(call, at, state.rows, stats, q, partials, out, lse);
+        consume(call, at, k, q, tiles, own_q, state);
+        Soft::write(call, at, state.rows, q, partials, out, lse, [&](int channel) {
+            Finish f;
+#pragma unroll
+            for (int i = 0; i < 8; i += 2) {
+                const uint4 two = ptx::load_shared16(own_finish + (channel + i) * 8);
+                f.scale[i] = __uint_as_float(two.x), f.put_back[i] = __uint_as_float(two.y);
+                f.scale[i + 1] = __uint_as_float(two.z), f.put_back[i + 1] = __uint_as_float(two.w);
+            }
+            return f;
+        });
     }
 };
 

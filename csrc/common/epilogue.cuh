@@ -5,20 +5,26 @@
 
 namespace sage {
 
+// What a channel of V counts, and what is put back. n: keys of this sequence.
+__device__ __forceinline__ float2 finish_of(const Call& call, const Stats& stats, int64_t kv_row, int channel, int n) {
+    const int64_t at = kv_row * call.dim + channel;
+    const float scale = stats.v_scale[at];
+    const float mean_of_codes = float(stats.v_sums[at]) * (code_unit(call.mode) / n);
+    return {scale, call.smooth_v ? stats.v_mean[at] - mean_of_codes * scale : 0.0f};
+}
+
 // What a head's outputs need at the end, for 8 neighbouring channels.
 struct Finish {
     float scale[8];
     float put_back[8];
 
-    // channel: the first of the 8. n: keys of this sequence.
+    // channel: the first of the 8.
     __device__ static Finish of(const Call& call, const Stats& stats, int64_t kv_row, int channel, int n) {
         Finish f;
-        const int64_t at = kv_row * call.dim + channel;
-        const float unit = code_unit(call.mode) / n;
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
-            f.scale[i] = stats.v_scale[at + i];
-            f.put_back[i] = call.smooth_v ? stats.v_mean[at + i] - float(stats.v_sums[at + i]) * unit * f.scale[i] : 0.0f;
+            const float2 one = finish_of(call, stats, kv_row, channel + i, n);
+            f.scale[i] = one.x, f.put_back[i] = one.y;
         }
         return f;
     }

@@ -48,6 +48,12 @@ __device__ __forceinline__ void store_shared16(uint32_t shared, uint4 x) {
     asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(shared), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
 }
 
+__device__ __forceinline__ void store_shared8(uint32_t shared, float2 x) {
+    asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(shared), "f"(x.x), "f"(x.y) : "memory");
+}
+// Waits until `threads` threads have come to barrier `id`, 1 to 15.
+__device__ __forceinline__ void meet(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+
 // For 9.0 and newer, down to publish_shared.
 //
 // A barrier in shared memory that completes a phase when `arrivals` threads and all expected bytes have come.
@@ -92,6 +98,12 @@ __device__ __forceinline__ void publish_shared() { asm volatile("fence.proxy.asy
 __device__ __forceinline__ float exp2(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+__device__ __forceinline__ float reciprocal(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 

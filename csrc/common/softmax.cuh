@@ -92,14 +92,15 @@ template <Mode MODE, int M, int KEYS, int V_DIM, bool MASKED> struct Softmax {
 
     // The largest of a thread's scores of a row and PANEL keys. Codes are positive floats or -inf, which compare as integers.
     __device__ static float largest(const int32_t (&s)[N][4], int n0, int r) {
-        int32_t code = s[n0][2 * r];
-        float score = __int_as_float(code);
+        constexpr int CHAINS = M == 1 ? 2 : 1;  // each waits for itself only; with more rows there are enough
+        int32_t code[2] = {s[n0][2 * r], s[n0 + 1][2 * r]};
+        float score = __int_as_float(code[0]);
 #pragma unroll
         for (int n = n0; n < n0 + 8; ++n) {
-            code = max(max(code, s[n][2 * r]), s[n][2 * r + 1]);
+            code[n % CHAINS] = max(max(code[n % CHAINS], s[n][2 * r]), s[n][2 * r + 1]);
             score = fmaxf(score, fmaxf(__int_as_float(s[n][2 * r]), __int_as_float(s[n][2 * r + 1])));
         }
-        return MASKED ? score : __int_as_float(code);
+        return MASKED ? score : __int_as_float(max(code[0], code[CHAINS - 1]));
     }
 
     // The largest score of each row of a tile, rounded up so that none is above it.
@@ -123,14 +124,25 @@ template <Mode MODE, int M, int KEYS, int V_DIM, bool MASKED> struct Softmax {
         float scale[M][2][GROUPS], offset[M][2][GROUPS];
     };
 
-    // base: of each row, what is taken from its scores. Everything is rounded such that p never passes P's largest, for its codes
-    // have no room above that. Where the offset's rounding would show, the codes become scores less their base, rounded as in
-    // find_tops, so that a row's largest is 0. With a mask all of them are scores, and weigh() subtracts.
-    __device__ static Exponent exponent(Scores& s, const Rows& rows, const float (&base)[M][2], const float (&k_scale)[GROUPS],
-                                        float p_max_log2) {
+    // Whether codes count so much that the rounding of an exponent's offset would show.
+    __device__ static bool large(const Rows& rows, const float (&k_scale)[GROUPS]) {
         constexpr float LARGE = 1.0f / 1024;  // of a scale: MAGIC * scale is then exact to 2^-10; ordinary inputs have some 1e-4
-        Exponent e;
         bool large = false;
+#pragma unroll
+        for (int m = 0; m < M; ++m)
+#pragma unroll
+            for (int r = 0; r < 2; ++r)
+#pragma unroll
+                for (int g = 0; g < GROUPS; ++g) large |= scale_of(rows.scale[m][r], k_scale[g]) > LARGE;
+        return !MASKED && __any_sync(0xFFFFFFFFu, large);
+    }
+
+    // base: of each row, what is taken from its scores. Everything is rounded such that p never passes P's largest, for its codes
+    // have no room above that. Where `large`, the codes become scores less their base, rounded as in find_tops, so that a row's
+    // largest is 0. With a mask all of them are scores, and weigh() subtracts.
+    __device__ static Exponent exponent(Scores& s, const Rows& rows, const float (&base)[M][2], const float (&k_scale)[GROUPS],
+                                        float p_max_log2, bool large) {
+        Exponent e;
 #pragma unroll
         for (int m = 0; m < M; ++m)
 #pragma unroll
@@ -138,11 +150,10 @@ template <Mode MODE, int M, int KEYS, int V_DIM, bool MASKED> struct Softmax {
 #pragma unroll
                 for (int g = 0; g < GROUPS; ++g) {
                     const float scale = scale_of(rows.scale[m][r], k_scale[g]);
-                    large |= scale > LARGE;
                     e.scale[m][r][g] = scale;
                     e.offset[m][r][g] = __fmaf_rd(-MAGIC, scale, __fsub_rd(p_max_log2, base[m][r]));
                 }
-        if (MASKED || !__any_sync(0xFFFFFFFFu, large)) return e;
+        if (!large) return e;
 #pragma unroll
         for (int m = 0; m < M; ++m)
 #pragma unroll
@@ -186,10 +197,12 @@ template <Mode MODE, int M, int KEYS, int V_DIM, bool MASKED> struct Softmax {
             }
     }
 
-    // A thread's outputs of four columns are 8 neighbouring channels (params.h, channel_row).
-    __device__ static void write(const Call& call, const Place& at, const Rows& rows, const Stats& stats, const QCodes& q,
-                                 const Partials& partials, const View& out, float* lse) {
-        float total[M][2];
+    // A thread's outputs of four columns are 8 neighbouring channels (params.h, channel_row). finish_of(channel): their Finish.
+    template <class FinishOf>
+    __device__ static void write(const Call& call, const Place& at, const Rows& rows, const QCodes& q, const Partials& partials,
+                                 const View& out, float* lse, const FinishOf& finish_of) {
+        const int b = int(uint32_t(at.q_row) / uint32_t(call.heads));
+        float total[M][2], inverse[M][2];
 #pragma unroll
         for (int m = 0; m < M; ++m)
 #pragma unroll
@@ -197,12 +210,13 @@ template <Mode MODE, int M, int KEYS, int V_DIM, bool MASKED> struct Softmax {
                 float x = rows.total[m][r];
                 x += __shfl_xor_sync(0xFFFFFFFFu, x, 1);
                 total[m][r] = x + __shfl_xor_sync(0xFFFFFFFFu, x, 2);
+                inverse[m][r] = total[m][r] == 0.0f ? 0.0f : ptx::reciprocal(total[m][r]);
             }
 #pragma unroll
         for (int group = 0; group < V_DIM / 32; ++group) {
             const int channel = group * 32 + lane() % 4 * 8;
             Finish finish;
-            if (call.splits == 1) finish = Finish::of(call, stats, at.kv_row, channel, at.k.n);
+            if (call.splits == 1) finish = finish_of(channel);
 #pragma unroll
             for (int m = 0; m < M; ++m)
 #pragma unroll
@@ -223,10 +237,8 @@ template <Mode MODE, int M, int KEYS, int V_DIM, bool MASKED> struct Softmax {
                         }
                         continue;
                     }
-                    const float inverse = total[m][r] == 0.0f ? 0.0f : 1.0f / total[m][r];
 #pragma unroll
-                    for (int i = 0; i < 8; ++i) x[i] = finish.apply(x[i], inverse, i);
-                    const int b = at.q_row / call.heads;
+                    for (int i = 0; i < 8; ++i) x[i] = finish.apply(x[i], inverse[m][r], i);
                     const int64_t to = (call.cu_q ? 0 : b) * out.b + at.head * out.h + (at.q.first + query) * out.n + channel;
                     store8(call, out.data, to, channel, x);
                     if (call.return_lse && channel == 0) {
@@ -237,23 +249,25 @@ template <Mode MODE, int M, int KEYS, int V_DIM, bool MASKED> struct Softmax {
         }
     }
 
-    // Where this block of ROWS queries works, and its warp; false if it has nothing to do.
-    template <int ROWS> __device__ static bool locate(const Call& call, const Stats& stats, const Mask& mask, int warp, Place& at) {
-        int64_t index = ptx::block_index();
-        const int blocks = (call.nq + ROWS - 1) / ROWS;
+    // Where this block of ROWS queries works, and its warp; false if it has no queries. Index: 32 bits divide faster, but what the
+    // compiler computes for it of the divisors it likes to hold in registers, which who calls this twice cannot spare.
+    template <int ROWS, class Index> __device__ static bool locate(const Call& call, const Mask& mask, int warp, Place& at) {
+        Index index = ptx::block_index();
+        const Index blocks = (call.nq + ROWS - 1) / ROWS;
         int block = int(index % blocks);
-        if (call.is_causal) block = blocks - 1 - block;  // the longest first
+        if (call.is_causal) block = int(blocks) - 1 - block;  // the longest first
         index /= blocks;
-        at.split = int(index % call.splits);
-        at.q_row = index / call.splits;
-        const int b = int(at.q_row / call.heads);
-        at.head = int(at.q_row % call.heads);
+        at.split = int(index % Index(call.splits));
+        const Index q_row = index / Index(call.splits);
+        at.q_row = q_row;
+        const int b = int(q_row / Index(call.heads));
+        at.head = int(q_row % Index(call.heads));
         at.kv_row = int64_t(b) * call.kv_heads + at.head / call.group();
         at.q = span(call.cu_q, b, call.nq);
         at.k = span(call.cu_k, b, call.nk);
         const int first = block * ROWS;
         at.row = first + warp * (16 * M);
-        if (first >= at.q.n || stats.bad[at.kv_row]) return false;
+        if (first >= at.q.n) return false;
         const int stop = call.is_causal ? min(at.k.n, first + ROWS) : at.k.n;
         const int tiles = (stop + KEYS - 1) / KEYS;
         const int share = (tiles + call.splits - 1) / call.splits;

@@ -3,7 +3,7 @@
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 python tests/gpu/sanitize.py
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool racecheck --error-exitcode 9 python tests/gpu/sanitize.py cuda
 
-The backends to run are arguments, both if none is named. Without the caching allocator each tensor is an allocation of its
+The backends to run are arguments, both if none is named; --modes leaves out all modes but some. Without the caching allocator each tensor is an allocation of its
 own, so that a read past its end is seen.
 """
 
@@ -62,17 +62,21 @@ def run(backend, mode, device) -> float:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("backends", nargs="*", metavar="backend", help="triton, cuda")
+    parser.add_argument("--modes", default="", help="comma list, such as int8/int32; all if not given")
     parser.add_argument("--cpu", action="store_true", help="the calls of triton in its interpreter")
     args = parser.parse_args()
     if unknown := [name for name in args.backends if name not in MODES]:
         parser.error(f"{unknown[0]!r} is neither triton nor cuda")
+    wanted = args.modes.split(",") if args.modes else PV_MODES
+    if unknown := [mode for mode in wanted if mode not in PV_MODES]:
+        parser.error(f"--modes has {unknown[0]!r}; the modes are {', '.join(PV_MODES)}")
     if not torch.cuda.is_available() and not args.cpu:
         print("needs an NVIDIA GPU; --cpu runs Triton's calls in its interpreter")
         return 2
     device = torch.device("cpu") if args.cpu else torch.device("cuda", 0)
     worst, ran = 0.0, 0
     for backend in ["triton"] if args.cpu else args.backends or MODES:
-        for mode in MODES[backend]:
+        for mode in (mode for mode in MODES[backend] if mode in wanted):
             choice = choose(Request(AttentionConfig(backend=backend, pv_accum=mode), device))
             if choice.refusal is not None:
                 print(f"left out: {backend} {mode}: {choice.rejected[backend]}")
