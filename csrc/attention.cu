@@ -1,11 +1,11 @@
-// Host side of the attention step: which kernel, on which grid; and the kernel that combines split key ranges.
+// Host side of the attention step: which kernel, on which grid.
 #include <atomic>
 #include <stdexcept>
 #include <string>
 
 #include "attention_kernels.h"
 #include "check.h"
-#include "common/epilogue.cuh"
+#include "combine.cuh"
 #include "kernels.h"
 #include "tiles.h"
 
@@ -69,37 +69,6 @@ Launch find_kernel(const Call& c, bool masked) {
     return launch;
 }
 
-// One thread takes 8 channels of one query: the parts' sums, each brought to the largest maximum.
-__global__ void combine(const Call c, const QCodes q, const Stats stats, const Partials parts, const View out, float* lse) {
-    const int lanes = c.v_dim / 8;
-    const int64_t index = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-    const int channel = int(index % lanes) * 8;
-    const int query = int(index / lanes % c.nq);
-    const int64_t q_row = index / lanes / c.nq;
-    if (q_row >= c.q_rows()) return;
-    const int b = int(q_row / c.heads), head = int(q_row % c.heads);
-    const int64_t kv_row = int64_t(b) * c.kv_heads + head / c.group();
-    const Span tokens = span(c.cu_q, b, c.nq);
-    if (query >= tokens.n || stats.bad[kv_row]) return;
-
-    const int64_t first = q_row * c.q_padded() + query, step = c.q_rows() * c.q_padded();
-    float top = -INFINITY;
-    for (int s = 0; s < c.splits; ++s) top = fmaxf(top, parts.top[first + s * step]);
-    float total = 0.0f, x[8] = {};
-    for (int s = 0; s < c.splits; ++s) {
-        const int64_t row = first + s * step;
-        const float weight = parts.top[row] == -INFINITY ? 0.0f : ptx::exp2(parts.top[row] - top);
-        total = fmaf(parts.total[row], weight, total);
-        for (int i = 0; i < 8; ++i) x[i] = fmaf(parts.out[row * c.v_dim + channel + i], weight, x[i]);
-    }
-    const Finish finish = Finish::of(c, stats, kv_row, channel, span(c.cu_k, b, c.nk).n);
-    const float inverse = total == 0.0f ? 0.0f : 1.0f / total;
-    for (int i = 0; i < 8; ++i) x[i] = finish.apply(x[i], inverse, i);
-    store8(c, out.data, (c.cu_q ? 0 : b) * out.b + head * out.h + (tokens.first + query) * out.n + channel, channel, x);
-    if (c.return_lse && channel == 0)
-        lse[q_row * c.nq + query] = log_sum_exp(c, top, total, q.lse_shift ? q.lse_shift[first] : 0.0f);
-}
-
 // A grid's first axis holds up to 2^31 - 1 blocks.
 unsigned grid(int64_t blocks, const Call& c) {
     if (blocks > 0x7FFFFFFF) throw std::invalid_argument("the call has too many blocks for one launch: " + describe(c));
@@ -114,9 +83,9 @@ int choose_splits(const Call& c, int multiprocessors, int arch) {
     const Tile tile = c.wgmma ? Tile{1, WGMMA_ROWS / 16, WGMMA_KEYS, 1, 1, false} : tile_for(c.mode, c.dim, c.v_dim, arch);
     const int64_t blocks = c.q_rows() * ((c.nq + tile.rows() - 1) / tile.rows());
     const int64_t wanted = int64_t(multiprocessors) * tile.blocks / blocks;  // at least a whole share of the card each
-    const int64_t most = c.nk / (4 * tile.keys);                            // below four tiles a part costs more than it gains
+    const int64_t most = c.nk / (SPLIT_TILES * tile.keys);
     const int64_t splits = wanted < most ? wanted : most;
-    return splits < 1 ? 1 : splits > 32 ? 32 : int(splits);
+    return splits < 1 ? 1 : splits > USUAL_SPLITS ? USUAL_SPLITS : int(splits);
 }
 
 void launch_attention(const Call& c, const QCodes& q, const KCodes& k, const VCodes& v, const Stats& stats, const Mask& mask,
@@ -128,8 +97,9 @@ void launch_attention(const Call& c, const QCodes& q, const KCodes& k, const VCo
     check(cudaLaunchKernel(kernel.function, dim3(grid(blocks, c)), dim3(kernel.threads), arguments, kernel.shared_bytes, stream),
           c.wgmma ? "attention_wgmma" : "attention_mma", c);
     if (c.splits > 1) {
-        const int64_t threads = c.q_rows() * c.nq * (c.v_dim / 8);
-        combine<<<grid((threads + 255) / 256, c), 256, 0, stream>>>(c, q, stats, partials, out, lse);
+        const int64_t threads = c.q_rows() * c.nq * (c.v_dim / COMBINE_CHANNELS);
+        const unsigned programs = grid((threads + COMBINE_THREADS - 1) / COMBINE_THREADS, c);
+        combine<<<programs, COMBINE_THREADS, 0, stream>>>(c, q, stats, partials, out, lse);
         check_launch("combine", c);
     }
 }

@@ -163,10 +163,9 @@ class Keywords {
     py::dict left_;
 };
 
-constexpr double MOST_ELEMENTS = 0x1p48;  // of one tensor: more than any memory holds, and sizes of it fit in 64 bits
 constexpr int padded_head_dim(int d) { return d <= 64 ? 64 : d <= 128 ? 128 : 256; }
 constexpr int padded_v_dim(int d) { return d > 64 && d <= 96 ? 96 : padded_head_dim(d); }
-int most_splits(const Call& c) { return c.nk > 1024 * PANEL ? 1024 : (c.nk + PANEL - 1) / PANEL; }
+int most_splits(const Call& c) { return c.nk > MOST_SPLITS * PANEL ? MOST_SPLITS : (c.nk + PANEL - 1) / PANEL; }
 
 DeviceCall make_call(const py::kwargs& given) {
     Keywords take(given);
@@ -265,7 +264,7 @@ Mask mask_of(const py::object& given) {
 template <class Part> Part scratch(const char* name, const Call& call, uintptr_t address) {
     const Part part = Part::carve(call, reinterpret_cast<void*>(address));
     if (part.bytes && !address) fail(name, " is at address 0; it must have ", part.bytes, " bytes");
-    if (address % 256) fail(name, " is at an address that is no multiple of 256");
+    if (address % SCRATCH_ALIGNMENT) fail(name, " is at an address that is no multiple of ", SCRATCH_ALIGNMENT);
     return part;
 }
 

@@ -11,6 +11,7 @@ using int32_t = int;
 using uint32_t = unsigned int;
 using int64_t = long long;
 using uint64_t = unsigned long long;
+#define INFINITY __int_as_float(0x7F800000)  // of math.h, as are the types of cstdint
 #else
 #include <cstdint>
 #endif
@@ -34,6 +35,10 @@ constexpr int BLOCK = 128;           // tokens are padded to a multiple of this
 constexpr int PANEL = 64;            // K and V codes come in rows of this many bytes; also the keys of one K scale
 constexpr int WGMMA_KEYS = 128;      // in a tile of attention_wgmma
 constexpr int WGMMA_PANEL = 128;     // for wgmma, V codes come in rows of this many bytes
+constexpr int STATS_PROGRAMS = 512;  // share the statistics: so many fill a GPU at once
+constexpr int SCRATCH_ALIGNMENT = 256;    // bytes
+constexpr int MOST_SPLITS = 1024;         // of a query block's keys
+constexpr double MOST_ELEMENTS = 0x1p48;  // of one tensor: more than any memory holds, and sizes of it fit in 64 bits
 
 enum class DType : int { f16, bf16, f32 };
 
@@ -122,9 +127,9 @@ struct Call {
     SAGE_HD int k_padded() const { return (nk + BLOCK - 1) / BLOCK * BLOCK; }
     SAGE_HD int q_groups() const { return q_padded() / q_block * q_sub; }
     SAGE_HD int k_groups() const { return k_padded() / PANEL * k_sub; }
-    // Programs that share the statistics of one kv head; 512 of them all fill a GPU at once.
+    // Programs that share the statistics of one kv head.
     SAGE_HD int chunks() const {
-        const int64_t want = (512 + kv_rows() - 1) / kv_rows(), have = (nk + PANEL - 1) / PANEL;
+        const int64_t want = (STATS_PROGRAMS + kv_rows() - 1) / kv_rows(), have = (nk + PANEL - 1) / PANEL;
         return int(want < have ? want : have);
     }
 };
@@ -146,7 +151,7 @@ struct Carver {
     int64_t used = 0;
     template <class T> SAGE_HD T* take(int64_t count) {
         T* at = base ? reinterpret_cast<T*>(base + used) : nullptr;
-        used += (count * int64_t(sizeof(T)) + 255) / 256 * 256;
+        used += (count * int64_t(sizeof(T)) + SCRATCH_ALIGNMENT - 1) / SCRATCH_ALIGNMENT * SCRATCH_ALIGNMENT;
         return at;
     }
 };

@@ -1,18 +1,19 @@
-// V's part of quantize.cu: 64 tokens are rounded, turned about in shared memory, and stored by channel.
+// V's part of quantize.cuh: 64 tokens are rounded, turned about in shared memory, and stored by channel.
 #pragma once
 
 #include "common/tokens.cuh"
 
 namespace sage {
 
-constexpr int TILE = 64;              // tokens that a program of 2 * DIM threads turns into codes at a time, 32 numbers a thread
+constexpr int TILE = 64;              // tokens that a program turns into codes at a time
+SAGE_HD constexpr int program_threads(int dim) { return 2 * dim; }  // 32 numbers each
 constexpr float MAGIC = 12582912.0f;  // 1.5 * 2^23: added, it leaves a number rounded to nearest even in the low bits
 
 // Division of numbers below 2^31 by multiplication: a program has little to do but its indices.
 struct Divider {
     uint32_t divisor, factor, shift;
 
-    static Divider of(int64_t divisor) {
+    static SAGE_HD Divider of(int64_t divisor) {
         uint32_t shift = 0;
         while (int64_t(1) << shift < divisor) ++shift;
         return {uint32_t(divisor), uint32_t((((uint64_t(1) << shift) - divisor) << 32) / divisor + 1), shift};

@@ -50,4 +50,7 @@ SAGE_HD constexpr Tile tile_for(Mode mode, int dim, int v_dim, int arch) {
 // attention_wgmma: two warpgroups of 64 queries each, one block on a multiprocessor.
 constexpr int WGMMA_ROWS = 128;
 
+// choose_splits: fewer tiles a part cost more than they gain; as many parts as it makes at most.
+constexpr int SPLIT_TILES = 4, USUAL_SPLITS = 32;
+
 }  // namespace sage
