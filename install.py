@@ -10,21 +10,20 @@ for a failure, after which the pack is as it was.
 from __future__ import annotations
 
 import argparse
-import importlib
-import importlib.util
 import json
-import shutil
-import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 # Windows' portable Python leaves the script's own folder out.
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from csrc import build, lock, wheels  # noqa: E402
-from csrc.machine import NO_INDEX, Machine, Plan, instead, misfit, plan, read_binary, table  # noqa: E402
+from csrc import build, lock, nvrtc, pypi, wheels  # noqa: E402
+from csrc.machine import NO_INDEX, Machine, Plan, misfit, plan, read_binary, read_cubins, table  # noqa: E402
+
+CHANGES = ("download", "build", "nvrtc")  # plans that do something
 
 
 def options_of(arguments: list[str] | None) -> argparse.Namespace:
@@ -33,10 +32,11 @@ def options_of(arguments: list[str] | None) -> argparse.Namespace:
     add("--check", action="store_true", help="say what this machine has and what would be done, and do nothing")
     add("--json", action="store_true", help="as --check, for programs")
     add("--index", help="the index of wheels: an address or a folder (default: SAGE_KERNELS_INDEX)")
-    add("--no-download", action="store_true", help="build, also where a wheel fits")
+    add("--no-download", action="store_true", help="take nothing from the network: build with what is here")
     add("--archs", help="build for these compute capabilities, such as 8.9,12.0 (default: those of the GPUs here)")
     add("--jobs", type=int, help="compilers at once (default: as many as cores and memory allow)")
-    add("--nvcc", help="build with this nvcc (default: of CUDA_HOME, else of the PATH)")
+    add("--nvcc", help="build with this nvcc (default: of CUDA_HOME, else of the PATH, else from PyPI)")
+    add("--nvrtc", action="store_true", help="compile with torch's NVRTC: neither nvcc nor a C++ compiler is needed")
     add("--build-dir", type=Path, default=build.BUILD_DIR, help="where objects and the log are kept")
     add(
         "--build-wheel",
@@ -51,6 +51,8 @@ def options_of(arguments: list[str] | None) -> argparse.Namespace:
         parser.error("--out and --index both say where the wheel goes: give one of them")
     if options.build_wheel and "://" in (options.index or ""):
         parser.error(f"--index is {options.index} and a wheel can be put into a folder only: give its path")
+    if options.nvrtc and (options.nvcc or options.build_wheel):
+        parser.error("--nvrtc compiles without nvcc, for this pack alone: give it without --nvcc and --build-wheel")
     options.archs = options.archs.replace(" ", "").split(",") if options.archs else None
     options.must_build = bool(options.archs or options.nvcc or options.build_wheel)
     return options
@@ -76,47 +78,81 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(options: argparse.Namespace) -> int:
     machine = Machine.look(options.nvcc)
+    wheel = wheel_for(machine, options)
+
+    def decide(machine: Machine) -> Plan:
+        return plan(machine, wheel, options.archs, options.must_build, not options.no_download, options.nvrtc)
+
     if options.json:
-        todo = decide(machine, options)
+        todo = decide(machine)
         print(json.dumps({"machine": machine.as_json(), "plan": todo.as_json()}, indent=1))
         return int(todo.kind == "fail")
     say(table(machine))
-    todo = decide(machine, options)
-    if options.check or todo.kind not in ("download", "build"):
+    todo = decide(machine)
+    if options.check or todo.kind not in CHANGES:
         return tell(todo)
     with lock.held(build.BUILD_DIR / "install.lock", say) as keep:
-        # what another install.py has done by now
-        todo = decide(replace(machine, binary=read_binary(build.PACKAGE / build.binary_name())), options)
+        # another install.py may have put one there by now
+        binary, cubins = build.PACKAGE / build.binary_name(), build.PACKAGE / nvrtc.ARCHIVE
+        machine = replace(machine, binary=read_binary(binary), cubins=read_cubins(cubins))
+        todo = decide(machine)
         failed = tell(todo)
-        if todo.kind not in ("download", "build"):
+        if todo.kind not in CHANGES:
             return failed
-        for left in build.PACKAGE.glob("_C*.tmp"):  # by a run that was killed
-            left.unlink()
-        if todo.wheel:
-            say(f"Downloaded {wheels.install(todo.wheel, build.PACKAGE, say)}. Restart ComfyUI if it runs.")
-            return 0
-        install_tools(keep)
-        binary = build_binary(machine, todo, options, keep)
-        if options.build_wheel:
-            wheels.build_wheel(binary, todo.archs, folder := Path(options.index or options.out or "dist"), say)
-            if options.index:
-                wheels.write_index(folder)
-        else:
-            say(f"Built {build.put(binary, build.PACKAGE / binary.name)}. Restart ComfyUI if it runs.")
+        try:
+            carry_out(machine, todo, options, keep)
+        except build.NothingToBuild as reason:  # PyPI cannot be reached
+            if options.must_build:
+                raise
+            todo = decide(replace(machine, missing=(*machine.missing, str(reason))))
+            failed = tell(todo)
+            if todo.kind == "nvrtc":  # which needs nothing of PyPI
+                carry_out(machine, todo, options, keep)
+            return failed
     return 0
 
 
-def decide(machine: Machine, options: argparse.Namespace) -> Plan:
-    def wheel() -> wheels.Candidate | str:
+def carry_out(machine: Machine, todo: Plan, options: argparse.Namespace, keep: Sequence[int]) -> None:
+    if not options.build_wheel:
+        build.check_writable(build.PACKAGE)  # before minutes of building
+    for left in build.PACKAGE.glob("_C*.tmp"):  # by a run that was killed
+        left.unlink()
+    if todo.wheel:
+        say(f"Downloaded {wheels.install(todo.wheel, build.PACKAGE, say)}. Restart ComfyUI if it runs.")
+        return
+    if todo.kind == "nvrtc":
+        assert machine.nvrtc is not None
+        cubins = nvrtc.compile_all(machine.nvrtc, todo.archs, options.jobs, options.build_dir, say, keep)
+        if not options.archs:  # those of other machines cannot be tried here
+            nvrtc.verify(cubins)
+        say(f"Compiled {build.put(cubins, build.PACKAGE / cubins.name)}. Restart ComfyUI if it runs.")
+        return
+    pypi.fetch_tools(say, keep)
+    if todo.fetch_mb:
+        pypi.fetch_nvcc(say, keep)
+    binary = build_binary(machine, todo, options, keep)
+    if options.build_wheel:
+        wheels.build_wheel(binary, todo.archs, folder := Path(options.index or options.out or "dist"), say)
+        if options.index:
+            wheels.write_index(folder)
+    else:
+        say(f"Built {build.put(binary, build.PACKAGE / binary.name)}. Restart ComfyUI if it runs.")
+
+
+def wheel_for(machine: Machine, options: argparse.Namespace) -> Callable[[], wheels.Candidate | str]:
+    """Asks the index once, when first asked. One that cannot be read has no wheel for anybody: that is no failure."""
+
+    @cache
+    def ask() -> wheels.Candidate | str:
         if options.no_download:
             return "--no-download was given"
-        index = wheels.configured_index(options.index)
-        return wheels.find(index, machine) if index else NO_INDEX
+        try:
+            index = wheels.configured_index(options.index)
+            return wheels.find(index, machine) if index else NO_INDEX
+        except wheels.WheelError as reason:
+            return str(reason)
 
-    try:
-        return plan(machine, wheel, options.archs, options.must_build)
-    except wheels.WheelError as reason:
-        return Plan("fail", f"{reason}; or build with --no-download. {instead(machine)} until then.")
+    return ask
 
 
 def tell(todo: Plan) -> int:
@@ -130,7 +166,7 @@ def build_binary(machine: Machine, todo: Plan, options: argparse.Namespace, keep
     """A binary that this Python can load, beside the objects: the pack's own is replaced only after it has been tried."""
     staging = options.build_dir.resolve() / "staging"
     staging.mkdir(parents=True, exist_ok=True)
-    given = todo.archs, options.jobs, machine.nvcc, options.build_dir
+    given = todo.archs, options.jobs, todo.nvcc, options.build_dir
     binary = build.build(*given, folder=build.CSRC, package=staging, say=say, keep=keep)
     built = read_binary(binary)
     # one for other machines has only to load
@@ -138,33 +174,6 @@ def build_binary(machine: Machine, todo: Plan, options: argparse.Namespace, keep
     if reason:
         raise build.BuildError(f"{binary} was built and is of no use: {reason}")
     return binary
-
-
-def install_tools(keep: Sequence[int]) -> None:
-    """What the build needs and this Python lacks, into a folder of the build, not into anybody's environment.
-
-    The folder appears in one step: half of a package would be taken for the whole of it.
-    """
-    if not build.missing_tools():
-        return
-    shutil.rmtree(build.TOOLS, ignore_errors=True)
-    importlib.invalidate_caches()
-    missing = build.missing_tools()
-    new = build.TOOLS.with_name("tools.new")
-    shutil.rmtree(new, ignore_errors=True)
-    say(f"Fetching {' and '.join(missing)} into {build.TOOLS}")
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    if importlib.util.find_spec("pip") is None and (uv := shutil.which("uv")):  # environments that uv makes have no pip
-        pip = [uv, "pip", "install", "--quiet", "--python", sys.executable]
-    done = subprocess.run(
-        [*pip, "--target", new, *missing], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-        pass_fds=keep,
-    )  # fmt: skip
-    if done.returncode:
-        said = done.stdout.strip().splitlines() or ["it said nothing"]
-        raise build.BuildError(f"pip could not install {' and '.join(missing)}: {said[-1]}")
-    new.rename(build.TOOLS)
-    importlib.invalidate_caches()  # the folder may be new
 
 
 if __name__ == "__main__":

@@ -162,11 +162,35 @@ def check_cuda(nvcc: str, cuda: tuple[int, ...], archs: Sequence[str]) -> None:
 
 
 def find_host_compiler() -> str:
-    wanted = os.environ.get("CXX") or ("cl" if WINDOWS else "g++")
-    if found := shutil.which(wanted):
+    """CXX, else g++, or Visual Studio's cl: that of the PATH, else what is installed."""
+    given = os.environ.get("CXX")
+    wanted = given or ("cl" if WINDOWS else "g++")
+    if found := shutil.which(wanted) or (None if given or not WINDOWS else _installed_cl()):
         return found
-    how = "open a Developer Command Prompt of Visual Studio" if WINDOWS else "install g++, or set CXX"
-    raise NothingToBuild(f"nvcc needs a C++ compiler and {wanted} was not found: {how}")
+    how = "install Visual Studio 2022 or its Build Tools, with C++" if WINDOWS else "install g++"
+    raise NothingToBuild(f"nvcc needs a C++ compiler and {wanted} was not found: {how}, or set CXX")
+
+
+def _installed_cl() -> str | None:
+    """cl of the newest Visual Studio, which vswhere finds; nvcc sets up what cl needs around it. 2019 and 2022 come first:
+    nvcc refuses one that is newer than itself."""
+    programs = os.environ.get("ProgramFiles(x86)", r"C:\Program Files (x86)")
+    vswhere = os.path.join(programs, "Microsoft Visual Studio", "Installer", "vswhere.exe")
+    asked = ["-latest", "-products", "*", "-requires", "Microsoft.VisualStudio.Component.VC.Tools.x86.x64"]
+    for versions in ("[16.0,18.0)", "[18.0,)"):
+        command = [vswhere, *asked, "-version", versions, "-property", "installationPath", "-utf8"]
+        try:
+            said = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=60).stdout
+        except (OSError, subprocess.SubprocessError):
+            return None  # no Visual Studio has been here
+        for studio in said.splitlines():
+            if found := sorted(Path(studio).glob("VC/Tools/MSVC/*/bin/Hostx64/x64/cl.exe"), key=_msvc_number):
+                return str(found[-1])
+    return None
+
+
+def _msvc_number(cl: Path) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", cl.parents[3].name))  # 14.44.35207
 
 
 def missing_tools() -> list[str]:
@@ -268,9 +292,14 @@ def ninja_text(tools: Toolchain, archs: Sequence[str], folder: Path, build_dir: 
             code = arch.removesuffix(PTX).replace(".", "")
             gencodes.append(f"-gencode=arch=compute_{code},code=compute_{code}")
     host = ["/MD", "/EHsc", "/O2"] if WINDOWS else ["-fPIC", "-fvisibility=hidden"]
-    flags = ["-ccbin", tools.host, "-std=c++17", "-O3", *gencodes, *(f"-Xcompiler={flag}" for flag in host)]
+    # The same sources and compiler make the same bytes, in a folder of the same name: no asserts, which hold the names of
+    # other folders; no symbols, which hold those of nvcc's temporary files; no link of device code, which holds its command.
+    flags = ["-ccbin", tools.host, "-std=c++17", "-O3", "-DNDEBUG", *gencodes, *(f"-Xcompiler={flag}" for flag in host)]
     include = [f"-I{at}" for at in (build_dir, folder, *tools.includes)]
-    libraries = [f"-L{os.path.join(sys.base_prefix, 'libs')}"] if WINDOWS else []
+    libraries = [f"-L{os.path.join(sys.base_prefix, 'libs')}"] if WINDOWS else ["-Xlinker=-s"]
+    beside = Path(tools.nvcc).parents[1] / "lib"  # where PyPI's nvcc has its libraries, and does not look for them
+    if (beside / "libcudart_static.a").is_file():
+        libraries.append(f"-L{beside}")
     lines = [
         "rule compile",
         f"  command = {shell(tools.nvcc, *flags, *include)} -MD -MF $out.d -c $in -o $out",
@@ -278,7 +307,7 @@ def ninja_text(tools: Toolchain, archs: Sequence[str], folder: Path, build_dir: 
         "  deps = gcc",
         "  description = $name",
         "rule link",
-        f"  command = {shell(tools.nvcc, '-ccbin', tools.host, '-shared', '-cudart=static', *libraries)} $in -o $out",
+        f"  command = {shell(tools.nvcc, '-ccbin', tools.host, '-shared', '-cudart=static', '-nodlink', *libraries)} $in -o $out",
         "  description = link",
     ]
     objects = []
@@ -356,23 +385,32 @@ def _run_ninja(ninja: str, build_dir: Path, jobs: int, say: Callable[[str], None
     lines = []
     with log.open("w", encoding="utf-8", errors="replace") as kept:
         command = [ninja, "-C", str(build_dir), "-j", str(jobs)]
+        environment = {**os.environ, "NINJA_STATUS": "[%f/%t, %e s] "}
         with subprocess.Popen(
             command,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             encoding="utf-8",
             errors="replace",
+            env=environment,
             pass_fds=keep,
         ) as process:
             assert process.stdout is not None
             for line in process.stdout:
                 kept.write(line)
                 lines.append(line.strip())
-                if re.match(r"\[\d+/\d+\]", line):
+                if re.match(r"\[\d+/\d+, ", line):
                     say(line.strip())
     if process.returncode:
         errors = [line for line in lines if re.search(r"\b(error|fatal)( \w+)?\s*:", line)]  # of nvcc, ptxas, gcc, cl
         raise BuildError(f"the build failed: {(errors or lines or ['ninja said nothing'])[-1]} (all of it: {log})")
+
+
+def check_writable(folder: Path) -> None:
+    if not os.access(folder, os.W_OK):
+        raise BuildError(
+            f"{folder} cannot be written: run install.py as the user whom it belongs to, or change its rights"
+        )
 
 
 def put(built: Path, target: Path) -> Path:

@@ -13,11 +13,11 @@ import re
 import sys
 import sysconfig
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from . import build, driver, make_wheel, wheels
+from . import build, driver, make_wheel, nvrtc, pypi, wheels
 from .driver import Gpu
 
 OLDEST_PYTHON = (3, 10)
@@ -53,13 +53,20 @@ class Machine:
     gpus: tuple[Gpu, ...]
     nvcc: str | None
     nvcc_cuda: tuple[int, ...] | None
+    nvcc_problem: str  # why there is none
+    nvcc_given: bool  # by --nvcc: no other will do
+    nvcc_fetched: bool  # PyPI's is here, from an earlier build
     host: str | None  # the C++ compiler
-    missing: tuple[str, ...]  # what a build lacks, a sentence each
+    missing: tuple[str, ...]  # what a build lacks and PyPI has not, a sentence each
+    missing_tools: tuple[str, ...]  # what it lacks and PyPI has
     triton: str | None
     comfyui: str | None
     comfyui_version: str | None
     source_hash: str | None
     binary: Binary | None
+    cubins: Binary | None = None  # what NVRTC compiled, where there is no binary
+    nvrtc: nvrtc.Nvrtc | None = None
+    nvrtc_problem: str = ""  # why there is none
 
     @staticmethod
     def look(nvcc: str | None = None) -> Machine:
@@ -72,11 +79,11 @@ class Machine:
                 missing.append(str(reason))
                 return None
 
-        nvcc = found(build.find_nvcc, nvcc)
-        nvcc_cuda = found(build.cuda_version, nvcc) if nvcc else None
+        its_nvcc, nvcc_cuda, nvcc_problem = _nvcc(nvcc)
         host = found(build.find_host_compiler)
         found(build.python_headers)
         its_driver = driver.look()
+        its_nvrtc, nvrtc_problem = _nvrtc(its_driver)
         torch, torch_for, torch_cuda = _torch()
         comfyui = _comfyui()
         version = sys.version_info
@@ -95,15 +102,22 @@ class Machine:
             driver_cuda=its_driver.cuda,
             driver_problem=its_driver.problem,
             gpus=its_driver.gpus,
-            nvcc=nvcc,
+            nvcc=its_nvcc,
             nvcc_cuda=nvcc_cuda,
+            nvcc_problem=nvcc_problem,
+            nvcc_given=nvcc is not None,
+            nvcc_fetched=pypi.nvcc_path().is_file(),
             host=host,
             missing=tuple(missing),
+            missing_tools=tuple(build.missing_tools()),
             triton=_version("triton", "triton-windows", "pytorch-triton"),
             comfyui=str(comfyui) if comfyui else None,
             comfyui_version=_assigned(comfyui / "comfyui_version.py").get("__version__") if comfyui else None,
             source_hash=build.source_hash(build.CSRC),
             binary=read_binary(build.PACKAGE / build.binary_name()),
+            cubins=read_cubins(build.PACKAGE / nvrtc.ARCHIVE),
+            nvrtc=its_nvrtc,
+            nvrtc_problem=nvrtc_problem,
         )
 
     def as_json(self) -> dict[str, Any]:
@@ -120,6 +134,24 @@ def _version(*packages: str) -> str | None:
         except importlib.metadata.PackageNotFoundError:
             pass
     return None
+
+
+def _nvcc(given: str | None) -> tuple[str | None, tuple[int, ...] | None, str]:
+    """Its path, its CUDA, and why there is none."""
+    try:
+        nvcc = build.find_nvcc(given)
+        return nvcc, build.cuda_version(nvcc), ""
+    except build.BuildError as reason:
+        return None, None, str(reason)
+
+
+def _nvrtc(its_driver: driver.Driver) -> tuple[nvrtc.Nvrtc | None, str]:
+    """That of this driver and its GPUs, and why there is none."""
+    try:
+        archs = build.choose_archs(None, [gpu.arch for gpu in its_driver.gpus]) if its_driver.gpus else []
+        return nvrtc.find(archs, its_driver.cuda), ""
+    except build.BuildError as reason:
+        return None, str(reason)
 
 
 def _assigned(file: Path) -> dict[str, str]:
@@ -171,21 +203,33 @@ def read_binary(path: Path) -> Binary | None:
     return Binary(tuple(archs), (cuda // 1000, cuda % 1000 // 10), source_hash)
 
 
+def read_cubins(path: Path) -> Binary | None:
+    if not path.is_file():
+        return None
+    try:
+        archs, cuda, source_hash = nvrtc.read(path)
+    except build.BuildError as reason:
+        return Binary(problem=str(reason))
+    return Binary(tuple(archs), (cuda // 1000, cuda % 1000 // 10), source_hash)
+
+
 # ---- what is done about it
 
 
 @dataclass(frozen=True)
 class Plan:
-    """kind: "ready" (nothing to do), "download", "build", "fallback" (other kernels serve) or "fail"."""
+    """kind: "ready" (nothing to do), "download", "build", "nvrtc", "fallback" (other kernels serve) or "fail"."""
 
     kind: str
     sentence: str
-    archs: tuple[str, ...] = ()  # of a build
+    archs: tuple[str, ...] = ()  # of a build, and the nvcc of it
+    nvcc: str = ""
+    fetch_mb: int = 0  # what of nvcc has to be downloaded first
     wheel: wheels.Candidate | None = None  # of a download
 
     def as_json(self) -> dict[str, Any]:
         of = {"name": self.wheel.name, "url": self.wheel.url, "sha256": self.wheel.sha256} if self.wheel else None
-        return {"kind": self.kind, "sentence": self.sentence, "archs": self.archs, "wheel": of}
+        return {**{field.name: getattr(self, field.name) for field in fields(self)}, "wheel": of}
 
 
 def plan(
@@ -193,34 +237,75 @@ def plan(
     wheel: Callable[[], wheels.Candidate | str] = lambda: NO_INDEX,
     archs: Sequence[str] | None = None,
     must_build: bool = False,
+    download: bool = True,
+    must_nvrtc: bool = False,
 ) -> Plan:
     """What to do on `machine`. Of it and of what `wheel` says alone, which is asked only if its answer matters.
 
     wheel: the wheel of the index that fits, or why there is none. archs: what --archs says; with it, or with must_build,
-    nothing but a build will do.
+    nothing but a build will do. download: a build may take from PyPI what it lacks. must_nvrtc: nothing but NVRTC will do.
     """
     if _numbers(machine.python) < OLDEST_PYTHON:
         return Plan("fail", f"The pack needs Python {_dotted(OLDEST_PYTHON)} or newer and {_wrong_python(machine)}.")
+    if must_nvrtc:
+        try:
+            return _compile(machine, archs, "as you asked")
+        except build.BuildError as reason:
+            return Plan("fail", f"The CUDA kernels cannot be compiled by NVRTC: {reason}.")
     if archs or must_build:
         try:
-            return _build(machine, archs, "as you asked")
+            return _build(machine, archs, download, "as you asked")
         except build.BuildError as reason:
             return Plan("fail", f"The CUDA kernels cannot be built: {reason}.")
     if machine.torch is None:
         return Plan("fail", f"The pack needs torch and {_wrong_python(machine)}.")
     if why := useless(machine):
         return Plan("fallback", f"{instead(machine)}, without CUDA kernels: {why}.")
-    if misfit(machine, machine.binary) is None:
-        assert machine.binary is not None
-        return Plan("ready", f"Nothing to do: the CUDA kernels are here, for {_join(machine.binary.archs)}.")
+    have = machine.binary if misfit(machine, machine.binary) is None else None
+    better = have and better_arch(machine, have)
+    ready = f"Nothing to do: the CUDA kernels are here, for {_join(have.archs)}" if have else ""
+    if have and not better:
+        return Plan("ready", f"{ready}.")
     answer = wheel()
     if not isinstance(answer, str):
-        return Plan("download", f"Download {answer.name}, with CUDA kernels for {_join(answer.archs)}.", wheel=answer)
+        if not have or not better_arch(machine, answer):
+            return Plan(
+                "download", f"Download {answer.name}, with CUDA kernels for {_join(answer.archs)}.", wheel=answer
+            )
+        answer = "no wheel has those"
     answer = answer.rstrip(".")
+    if better:
+        answer = f"{better}, and {answer}"
     try:
-        return _build(machine, None, f"as {answer}")
+        return _build(machine, None, download, f"as {answer}")
     except build.BuildError as reason:
-        return Plan("fallback", f"{instead(machine)}, without CUDA kernels: {answer}; {reason}.")
+        if have:
+            return Plan("ready", f"{ready}, though {answer}; {reason}.")
+        return _without_nvcc(machine, f"{answer}; {reason}")
+
+
+def _without_nvcc(machine: Machine, why: str) -> Plan:
+    """What is done where there is neither a wheel nor a build: NVRTC compiles what the driver then loads."""
+    have = machine.cubins
+    if have and misfit(machine, have) is None and not better_arch(machine, have):
+        return Plan("ready", f"Nothing to do: the CUDA kernels are here, for {_join(have.archs)}, by NVRTC.")
+    try:
+        return _compile(machine, None, f"as {why}")
+    except build.BuildError as reason:
+        others = f"; {reason}" if str(reason) else ""
+        return Plan("fallback", f"{instead(machine)}, without CUDA kernels: {why}{others}.")
+
+
+def _compile(machine: Machine, asked: Sequence[str] | None, why: str) -> Plan:
+    archs = build.choose_archs(asked, [gpu.arch for gpu in machine.gpus])
+    found = machine.nvrtc
+    problem = machine.nvrtc_problem if found is None else nvrtc.unfit(found, archs, None)
+    if found is None or problem:
+        raise build.NothingToBuild(problem or "")
+    if misfit(machine, machine.binary) is None:
+        why += "; the binary that is here stays in use until it is removed"
+    of = f"the NVRTC of CUDA {_dotted(found.version)} ({found.path})"
+    return Plan("nvrtc", f"Compile the CUDA kernels for {_join(archs)} with {of}, {why}.", tuple(archs))
 
 
 def _wrong_python(machine: Machine) -> str:
@@ -228,23 +313,55 @@ def _wrong_python(machine: Machine) -> str:
     return f"{machine.executable} {lacks}: run install.py with the Python that runs ComfyUI"
 
 
-def _build(machine: Machine, asked: Sequence[str] | None, why: str) -> Plan:
+def _build(machine: Machine, asked: Sequence[str] | None, download: bool, why: str) -> Plan:
     archs = build.choose_archs(asked, [gpu.arch for gpu in machine.gpus])
-    if machine.missing:
-        raise build.NothingToBuild("; ".join(machine.missing))
+    problem = machine.nvcc_problem or _nvcc_misfit(machine, archs, for_here=not asked)
+    lacks = [*([_no_nvcc(machine, problem, download)] if problem else []), *machine.missing]
+    if machine.missing_tools and not download:
+        tools = " ".join(machine.missing_tools)
+        lacks.append(f"the build needs more and --no-download was given: {machine.executable} -m pip install {tools}")
+    if any(lacks):
+        raise build.NothingToBuild("; ".join(filter(None, lacks)))
+    if not problem:
+        assert machine.nvcc is not None and machine.nvcc_cuda is not None
+        nvcc, of, fetch_mb = machine.nvcc, f"the nvcc of CUDA {_dotted(machine.nvcc_cuda)}", 0
+    else:
+        nvcc = str(pypi.nvcc_path())
+        fetch_mb = 0 if machine.nvcc_fetched else pypi.nvcc_megabytes(machine.platform_tags)
+        where = f"a download of about {fetch_mb} MB" if fetch_mb else "it is here"
+        of = f"PyPI's nvcc of CUDA {_dotted(pypi.CUDA)} ({where})"
+        why += f"; {problem.partition(': ')[0]}"  # without the advice, which is not needed
+    return Plan("build", f"Build the CUDA kernels for {_join(archs)} with {of}, {why}.", tuple(archs), nvcc, fetch_mb)
+
+
+def _no_nvcc(machine: Machine, problem: str, download: bool) -> str:
+    """Why there is no nvcc at all, where this machine's is none for the reason of `problem`; "" where PyPI's serves."""
+    if machine.nvcc_given:
+        return problem
+    reason = pypi.nvcc_misfit(machine.driver_cuda, machine.platform_tags)
+    if not reason and not download and not machine.nvcc_fetched:
+        reason = "PyPI's is not taken, as --no-download was given"
+    return f"{problem}; {reason}" if reason else ""
+
+
+def _nvcc_misfit(machine: Machine, archs: Sequence[str], for_here: bool) -> str | None:
+    """Why this machine's nvcc is none for these architectures, or for the driver that is to run them; or None."""
     assert machine.nvcc is not None and machine.nvcc_cuda is not None
-    build.check_cuda(machine.nvcc, machine.nvcc_cuda, archs)
-    if not asked and machine.driver_cuda is not None:
-        # a driver runs what any release of its major version built, but compiles no PTX newer than itself
-        ptx = any(arch.endswith(build.PTX) for arch in archs)
-        needs = machine.nvcc_cuda if ptx else (machine.nvcc_cuda[0], 0)
-        if machine.driver_cuda < needs:
-            raise build.NothingToBuild(
-                f"{machine.nvcc} is of CUDA {_dotted(machine.nvcc_cuda)}, the driver knows CUDA {_dotted(machine.driver_cuda)} "
-                f"and needs {_dotted(needs)} to run what it builds: update the driver, or pass --nvcc that of an older CUDA"
-            )
-    of = f"the nvcc of CUDA {_dotted(machine.nvcc_cuda)}"
-    return Plan("build", f"Build the CUDA kernels for {_join(archs)} with {of}, {why}.", tuple(archs))
+    try:
+        build.check_cuda(machine.nvcc, machine.nvcc_cuda, archs)
+    except build.NothingToBuild as reason:
+        return str(reason)
+    if not for_here or machine.driver_cuda is None:
+        return None
+    # a driver runs what any release of its major version built, but compiles no PTX newer than itself
+    ptx = any(arch.endswith(build.PTX) for arch in archs)
+    needs = machine.nvcc_cuda if ptx else (machine.nvcc_cuda[0], 0)
+    if machine.driver_cuda >= needs:
+        return None
+    return (
+        f"{machine.nvcc} is of CUDA {_dotted(machine.nvcc_cuda)}, the driver knows CUDA {_dotted(machine.driver_cuda)} "
+        f"and needs {_dotted(needs)} to run what it builds: update the driver, or pass --nvcc that of an older CUDA"
+    )
 
 
 def useless(machine: Machine) -> str | None:
@@ -282,6 +399,16 @@ def misfit(machine: Machine, binary: Binary | None) -> str | None:
     for gpu in _usable(machine):
         if wheels.serving_arch(gpu.arch, binary, known) is None:
             return f"the CUDA binary has kernels for {_join(binary.archs)} and {gpu.name} has {gpu.arch}"
+    return None
+
+
+def better_arch(machine: Machine, of: Binary | wheels.Candidate) -> str | None:
+    """Which GPU has better kernels than those that serve it, as an RTX 40 with kernels for the RTX 30; or None."""
+    for gpu in _usable(machine):
+        best = build.choose_archs(None, [gpu.arch])[0]
+        serving = machine.driver_cuda and wheels.serving_arch(gpu.arch, of, machine.driver_cuda)
+        if serving and build.arch_number(serving) < build.arch_number(best):
+            return f"{gpu.name} has better ones, for {best}"
     return None
 
 
@@ -329,6 +456,7 @@ def _join(archs: Sequence[str]) -> str:
 def table(machine: Machine) -> str:
     m = machine
     made = {"cuda": f"for CUDA {_dotted(m.torch_cuda or ())}", "cpu": "for CPUs", "rocm": "for AMD", "xpu": "for Intel"}
+    fetched = f", but CUDA {_dotted(pypi.CUDA)} from PyPI" if m.nvcc_fetched else ""
     rows = [
         ("Python", f"{m.python} ({m.executable})"),
         ("OS", f"{m.system_version} ({m.platform_tags[0]})"),
@@ -336,13 +464,15 @@ def table(machine: Machine) -> str:
         ("driver", f"{m.driver or 'there'}, knows CUDA {_dotted(m.driver_cuda)}" if m.driver_cuda else "none"),
         *(("GPU", f"{gpu.name}, compute capability {gpu.arch}") for gpu in m.gpus),
         *([] if m.gpus else [("GPU", _no_gpu(m))]),
-        ("nvcc", f"CUDA {_dotted(m.nvcc_cuda)} ({m.nvcc})" if m.nvcc_cuda else "none"),
+        ("nvcc", f"CUDA {_dotted(m.nvcc_cuda)} ({m.nvcc})" if m.nvcc_cuda else f"none{fetched}"),
         ("C++ compiler", m.host or "none"),
+        *([("NVRTC", f"CUDA {_dotted(m.nvrtc.version)} ({m.nvrtc.path})")] if m.nvrtc else []),
         ("Triton", m.triton or "none"),
         (
             "ComfyUI",
             f"{m.comfyui_version or 'unknown version'} ({m.comfyui})" if m.comfyui else "not above this folder",
         ),
         ("CUDA binary", misfit(m, m.binary) or f"for {_join(m.binary.archs)}" if m.binary else "none"),
+        *([("cubins", misfit(m, m.cubins) or f"for {_join(m.cubins.archs)}")] if m.cubins else []),
     ]
     return "\n".join(f"{name:<13} {value}" for name, value in rows)

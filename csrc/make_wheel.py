@@ -63,7 +63,7 @@ def packaging(part: str) -> Any:
             return importlib.import_module(f"{name}.{part}")
         except ImportError:
             continue
-    raise WheelError(f"wheels need pip, which this Python lacks: run {sys.executable} -m ensurepip")
+    raise WheelError(f"wheels need packaging or pip, which this Python lacks: run {sys.executable} -m ensurepip")
 
 
 # ---- a wheel

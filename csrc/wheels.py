@@ -6,8 +6,10 @@ docs/installing.md says how to use it. Every failure is a WheelError whose text 
 from __future__ import annotations
 
 import http.client
+import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -22,7 +24,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-from . import build
+from . import build, pypi
 from .build import PTX, BuildError, arch_number
 from .make_wheel import (
     MODULE,
@@ -42,6 +44,7 @@ __all__ = ["Candidate", "WheelError", "build_wheel", "configured_index", "find",
 BUILD_TAG = re.compile(r"(\d+)\.(\d+)((?:\.sm\d+(?:ptx)?)+)\.src([0-9a-f]+)")
 TRIES = 3  # of a page or a file that does not arrive whole
 TIMEOUT = 15  # seconds without a byte
+OTHER_FILE = "the file that came has another sha256 than the index says: cut short, or broken or changed since"
 
 
 @dataclass(frozen=True)
@@ -231,36 +234,42 @@ def install(candidate: Candidate, package: Path, say: Callable[[str], None] = pr
 
 
 def _download(candidate: Candidate, folder: Path, say: Callable[[str], None]) -> Path:
-    """By pip, whose proxies, certificates and retries people have set up."""
     say(f"Downloading {candidate.name} from {candidate.url.rsplit('/', 1)[0]}")
-    pip = [sys.executable, *"-m pip download --no-deps --no-index --require-hashes --no-cache-dir --no-input".split()]
-    pip += [*"--disable-pip-version-check --progress-bar off --retries 2 --dest".split(), str(folder)]
-    # A pip that can resume does (25.1 and newer); the others do not know the setting and leave it alone.
-    environment = {**os.environ, "PIP_RESUME_RETRIES": "5"}
+    transfer = _by_pip if importlib.util.find_spec("pip") else _by_python
+    wheel = folder / candidate.name
     for attempt in range(1, TRIES + 1):
-        done = subprocess.run(
-            [*pip, f"{candidate.url}#sha256={candidate.sha256}"], env=environment, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, text=True, encoding="utf-8", errors="replace",
-        )  # fmt: skip
-        wheel = folder / candidate.name
-        if done.returncode == 0 and wheel.is_file() and sha256(wheel) == candidate.sha256:
+        why = transfer(candidate, wheel)
+        if wheel.is_file() and sha256(wheel) == candidate.sha256:
             return wheel
         wheel.unlink(missing_ok=True)
-        why = _pip_failure(done.stdout)
         if attempt < TRIES:
             say(f"{why}; trying again ({attempt + 1} of {TRIES})")
     raise WheelError(f"{candidate.name} was not installed, after {TRIES} tries: {why} (from {candidate.url})")
 
 
-def _pip_failure(said: str) -> str:
-    if "No module named pip" in said:
-        return f"this Python has no pip; run {sys.executable} -m ensurepip"
-    if "DO NOT MATCH THE HASHES" in said:
-        return "the file that came has another sha256 than the index says: cut short, or broken or changed since"
-    lines = [line.strip() for line in said.splitlines() if line.strip()] or ["nothing"]
-    # how its older and newer releases say it; a traceback says it in its last line
-    errors = [line for line in lines if line.startswith(("ERROR:", "×")) and line != "ERROR: Exception:"]
-    return f"pip said: {(errors or lines)[-1].lstrip('× ')}"
+def _by_pip(candidate: Candidate, wheel: Path) -> str:
+    """Its proxies, certificates and retries are what people have set up. What went wrong, if anything did."""
+    pip = [sys.executable, *"-m pip download --no-deps --no-index --require-hashes --no-cache-dir --no-input".split()]
+    pip += [*"--disable-pip-version-check --progress-bar off --retries 2 --dest".split(), str(wheel.parent)]
+    # A pip that can resume does (25.1 and newer); the others do not know the setting and leave it alone.
+    environment = {**os.environ, "PIP_RESUME_RETRIES": "5"}
+    done = subprocess.run(
+        [*pip, f"{candidate.url}#sha256={candidate.sha256}"], env=environment, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, encoding="utf-8", errors="replace",
+    )  # fmt: skip
+    if "DO NOT MATCH THE HASHES" in done.stdout:
+        return OTHER_FILE
+    return pypi.failure(done.stdout.splitlines())
+
+
+def _by_python(candidate: Candidate, wheel: Path) -> str:
+    """Where there is no pip, as in the environments that uv makes: as the index is read."""
+    try:
+        with urllib.request.build_opener().open(candidate.url, timeout=TIMEOUT) as page, wheel.open("wb") as to:
+            shutil.copyfileobj(page, to)
+    except (OSError, http.client.HTTPException) as error:
+        return f"the transfer broke ({getattr(error, 'reason', None) or error})"
+    return OTHER_FILE
 
 
 def _content(wheel: Path, wanted: str) -> bytes:

@@ -1,4 +1,4 @@
-"""The CUDA kernels of csrc/ through the binary `_C`: whether this machine can use it, and one call on it.
+"""The CUDA kernels of csrc/ through the binary `_C`, or cubins.py in its place: whether this machine can use it, and one call.
 
 Nothing here waits for the GPU. csrc/kernels.h says what the four steps of a call are, csrc/params.h what they share.
 """
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import cubins
 from .config import AttentionConfig
 from .quantize import GRANULARITIES, LOG2E, PV, padded_head_dim, v_range
 from .sources import source_hash
@@ -35,7 +36,19 @@ View = tuple[int, int, int, int]  # address, and strides of batch, head and toke
 
 @lru_cache(maxsize=1)
 def binary() -> Any:
-    """The module `_C`, or a string: the reason why no GPU of this machine can use it."""
+    """The module `_C`, else the same of cubins, or a string: the reason why no GPU of this machine can use it."""
+    module = _compiled()
+    archive = PACKAGE / cubins.ARCHIVE.name
+    if isinstance(module, str) and archive.exists():
+        try:
+            return _fitting(cubins.Cubins(archive))
+        except ValueError as reason:
+            return f"the CUDA kernels cannot be used, as {reason}: {BUILD} again"
+    return module
+
+
+def _compiled() -> Any:
+    """`_C`, or why it cannot be had."""
     try:
         module = importlib.import_module("._C", __package__)
     except ImportError as error:
@@ -45,6 +58,11 @@ def binary() -> Any:
         if isinstance(error, ModuleNotFoundError):
             return f"the CUDA binary is for another Python ({', '.join(there)}): {BUILD}"
         return f"the CUDA binary cannot be loaded ({' '.join(str(error).split())}): {BUILD}"
+    return _fitting(module)
+
+
+def _fitting(module: Any) -> Any:
+    """`module`, or why it is not for these sources and this driver."""
     if source_hash() not in (None, module.SOURCE_HASH):
         return f"the CUDA binary is built from other sources than these: {BUILD} again"
     driver, needed = module.driver_version(), module.CUDA_RUNTIME

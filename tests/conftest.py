@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from stand_in import bare, csrc, nvcc  # noqa: F401 (fixtures)
+from stand_in import bare, csrc, fresh_python, go, nvcc, plain_environment  # noqa: F401 (fixtures)
 
 HAS_GPU = torch.cuda.is_available()
 

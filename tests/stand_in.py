@@ -3,7 +3,10 @@
 Run as a program it is install.py on such a machine: `stand_in.py FOLDER [options of install.py]`.
 """
 
+import os
+import shutil
 import sys
+import venv
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +18,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 
 import install  # noqa: E402
-from csrc import build, machine, make_wheel, wheels  # noqa: E402
+from csrc import build, machine, make_wheel, pypi, wheels  # noqa: E402
 from csrc.driver import Gpu  # noqa: E402
 
 # Notes its arguments; a source that says "error" does not compile, one that says "slow" takes a while; an object and a binary are what went into them.
@@ -78,6 +81,30 @@ def bare(monkeypatch, tmp_path):
         monkeypatch.delenv(name, raising=False)
 
 
+@pytest.fixture
+def plain_environment(monkeypatch):
+    """Neither this machine's proxies nor its settings of pip and uv."""
+    for name in list(os.environ):
+        if name.lower().endswith("_proxy") or name.startswith(("PIP_", "UV_")) or name == "SAGE_KERNELS_INDEX":
+            monkeypatch.delenv(name)
+    for name, value in {"PIP_CONFIG_FILE": os.devnull, "UV_NO_CONFIG": "1", "UV_NO_CACHE": "1"}.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.fixture(scope="session", params=["pip", "uv"])
+def fresh_python(request, tmp_path_factory):
+    """A fresh environment's Python: with pip; or without it, and uv on the PATH."""
+    at = tmp_path_factory.mktemp("an environment, ünder") / request.param
+    venv.create(at, with_pip=request.param == "pip", symlinks=True)
+    path = str(at / "bin")
+    if request.param == "uv":
+        found = shutil.which("uv", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+        if not found:
+            pytest.skip("uv is not installed: pip install uv")
+        path += os.pathsep + str(Path(found).parent)
+    return request.param, at / "bin" / "python", path
+
+
 # ---- a machine
 
 
@@ -90,8 +117,8 @@ def made_up(**changes):
     given = dict(
         python="3.12.7", python_tag="cp312", executable="/python", system="Linux", system_version="Linux-6.1",
         platform_tags=["linux_x86_64"], torch="2.9.0+cu130", torch_for="cuda", torch_cuda=(13, 0), driver="580.1",
-        driver_cuda=(13, 0), driver_problem="", gpus=gpus("8.9"), nvcc="/cuda/bin/nvcc", nvcc_cuda=(13, 0), host="/g++",
-        missing=(), triton="3.5.0", comfyui="/ComfyUI", comfyui_version="0.3.75", source_hash="0123456789abcdef", binary=None,
+        driver_cuda=(13, 0), driver_problem="", gpus=gpus("8.9"), nvcc="/cuda/bin/nvcc", nvcc_cuda=(13, 0),
+        nvcc_problem="", nvcc_given=False, nvcc_fetched=False, host="/g++", missing=(), missing_tools=(), triton="3.5.0", comfyui="/ComfyUI", comfyui_version="0.3.75", source_hash="0123456789abcdef", binary=None,
     )  # fmt: skip
     return machine.Machine(**{**given, **changes})
 
@@ -117,6 +144,7 @@ def pretend(put, at, **changes):
             python_tag=f"cp{version[0]}{version[1]}",
             platform_tags=list(make_wheel.packaging("tags").platform_tags()),
             source_hash=build.source_hash(build.CSRC),
+            nvcc_fetched=pypi.nvcc_path().is_file(),
             binary=machine.read_binary(build.PACKAGE / build.binary_name()),
         )
         return made_up(**{**given, **changes})
@@ -125,6 +153,24 @@ def pretend(put, at, **changes):
     put(wheels, "binary_info", binary_info)
     put(machine.Machine, "look", staticmethod(look))
     put(build, "gpu_archs", lambda: [gpu.arch for gpu in look().gpus])
+
+
+@pytest.fixture
+def go(plain_environment, monkeypatch, capsys, tmp_path, csrc, nvcc):
+    """go(*options, **changes of the machine): install.py's exit status; go.said is what it printed."""
+    monkeypatch.setattr(wheels, "pyproject", dict)  # whatever index this checkout has
+    nvcc()
+
+    def run(*options, **changes):
+        with monkeypatch.context() as patch:
+            pretend(patch.setattr, tmp_path, **changes)
+            status = install.main(["--build-dir", str(tmp_path / "build"), *map(str, options)])
+        run.said, run.error = capsys.readouterr()
+        return status
+
+    run.package = tmp_path / "package"
+    run.binary = run.package / build.binary_name()
+    return run
 
 
 # ---- for wheels

@@ -6,6 +6,7 @@ A small program stands in for nvcc, so these run anywhere and take no time.
 import os
 import re
 import shutil
+import subprocess
 import sys
 import sysconfig
 from pathlib import Path
@@ -165,6 +166,42 @@ def test_no_host_compiler(bare, monkeypatch):
         build.find_host_compiler()
 
 
+@pytest.fixture
+def visual_studio(bare, monkeypatch, tmp_path):
+    """vswhere of a made-up Windows, which knows what is put into visual_studio: a range of versions -> a folder."""
+    installed = {}
+
+    def run(command, **options):
+        assert command[0].endswith("vswhere.exe") and "-latest" in command
+        folder = installed.get(command[command.index("-version") + 1], "")
+        return subprocess.CompletedProcess(command, 0, stdout=f"{folder}\n")
+
+    monkeypatch.setattr(build, "WINDOWS", True)
+    monkeypatch.setattr(build.subprocess, "run", run)
+    return installed
+
+
+def test_cl_of_visual_studio(visual_studio, tmp_path):
+    with pytest.raises(BuildError, match="cl was not found: install Visual Studio 2022 or its Build Tools"):
+        build.find_host_compiler()
+    for studio, versions in (("2026", "[18.0,)"), ("2022", "[16.0,18.0)")):
+        visual_studio[versions] = tmp_path / studio
+        for version in ("14.9.1", "14.44.35207"):
+            cl = tmp_path / studio / "VC" / "Tools" / "MSVC" / version / "bin" / "Hostx64" / "x64" / "cl.exe"
+            cl.parent.mkdir(parents=True)
+            cl.touch()
+        assert build.find_host_compiler() == str(cl), "the newest, of the newest that nvcc surely takes"
+
+
+def test_cl_without_vswhere(visual_studio, monkeypatch):
+    def none(command, **options):
+        raise FileNotFoundError(command[0])
+
+    monkeypatch.setattr(build.subprocess, "run", none)
+    with pytest.raises(BuildError, match="cl was not found"):
+        build.find_host_compiler()
+
+
 def test_no_ninja_and_no_pybind11(bare, monkeypatch):
     for name in ("ninja", "pybind11"):
         monkeypatch.setitem(sys.modules, name, None)
@@ -249,6 +286,17 @@ def test_ptx_goes_along_where_it_is_asked_for(run):
         ]
 
 
+def test_what_the_linker_is_told(run, tmp_path, nvcc):
+    def told():
+        run(nvcc=nvcc())
+        return run.arguments.read_text().splitlines()[-1].split()
+
+    assert "-Xlinker=-s" in told() and not any(word.startswith("-L") for word in told())
+    (tmp_path / "cuda" / "lib").mkdir()
+    (tmp_path / "cuda" / "lib" / "libcudart_static.a").touch()
+    assert f"-L{tmp_path}/cuda/lib" in told(), "PyPI's nvcc does not look there"
+
+
 def test_the_binary_knows_what_it_is_built_from(run, csrc):
     run(archs=["9.0", "8.0"])
     header = run.arguments.with_name("build_info.h").read_text()
@@ -270,7 +318,8 @@ def test_only_what_changed_is_compiled_again(run, csrc):
 
 def test_a_failed_build_leaves_the_old_binary(run, csrc):
     said = run()
-    assert said[0] == "CUDA 13.0, compute capability 8.9, 1 at once" and said[-1].endswith("link")
+    assert said[0] == "CUDA 13.0, compute capability 8.9, 1 at once"
+    assert re.fullmatch(r"\[4/4, \d+\.\d+ s\] link", said[-1]), "how far it is, and for how long"
     before = run.binary.read_bytes()
     (csrc / "kernel.cu").write_text("error\n")
     with pytest.raises(BuildError) as caught:

@@ -1,6 +1,5 @@
 """install.py: what it does, says and leaves behind, on a made-up machine whose nvcc is a small program."""
 
-import importlib.util
 import json
 import os
 import re
@@ -14,34 +13,11 @@ from pathlib import Path
 import pytest
 import stand_in
 
-import install
-from csrc import build, lock, machine, wheels
-from csrc.build import BuildError
+from csrc import build, lock, machine, pypi, wheels
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="nvcc's stand-in is a shell script")
 
 BINARY = build.binary_name()
-
-
-@pytest.fixture
-def go(monkeypatch, capsys, tmp_path, csrc, nvcc):
-    """go(*options, **changes of the machine): install.py's exit status; go.said is what it printed."""
-    for name in list(os.environ):
-        if name.lower().endswith("_proxy") or name.startswith("PIP_") or name == "SAGE_KERNELS_INDEX":
-            monkeypatch.delenv(name)
-    monkeypatch.setattr(wheels, "pyproject", dict)  # whatever index this checkout has
-    nvcc()
-
-    def run(*options, **changes):
-        with monkeypatch.context() as patch:
-            stand_in.pretend(patch.setattr, tmp_path, **changes)
-            status = install.main(["--build-dir", str(tmp_path / "build"), *map(str, options)])
-        run.said, run.error = capsys.readouterr()
-        return status
-
-    run.package = tmp_path / "package"
-    run.binary = run.package / BINARY
-    return run
 
 
 def there(go):
@@ -78,6 +54,10 @@ def test_check_changes_nothing(go, tmp_path, option):
         told = json.loads(go.said)
         assert told["plan"]["kind"] == "build" and told["plan"]["archs"] == ["8.9"]
         assert told["machine"]["gpus"] == [{"name": "Card 0", "arch": "8.9"}]
+        what = "python system torch torch_cuda driver driver_cuda nvcc nvcc_cuda host triton comfyui binary"
+        assert set(what.split()) < set(told["machine"]) and {"sentence", "nvcc", "fetch_mb", "wheel"} < set(
+            told["plan"]
+        )
 
 
 def test_check_fails_where_the_run_would(go):
@@ -88,14 +68,14 @@ def test_check_fails_where_the_run_would(go):
 @pytest.mark.parametrize(
     "changes, words",
     [
-        (dict(missing=("nvcc was not found: install it",)), "The triton backend serves attention"),
+        (dict(missing=("g++ was not found: install it",)), "The triton backend serves attention"),
         (dict(gpus=(), driver_problem="no NVIDIA GPU was found"), "The reference backend serves attention"),
-        (dict(nvcc_cuda=(12, 4)), "needs 12.8"),
+        (dict(nvcc_cuda=(12, 4), driver_cuda=(12, 8), torch_cuda=(12, 8)), "needs 12.8"),
         (dict(missing=("Python.h is not in /x: install it",)), "Python.h"),
     ],
 )
 def test_nothing_to_build_is_no_failure(go, monkeypatch, changes, words):
-    monkeypatch.setattr(install, "install_tools", lambda keep: pytest.fail("pip is run"))
+    monkeypatch.setattr(pypi, "fetch", lambda *given: pytest.fail("pip is run"))
     assert go(**changes) == 0 and words in go.said and "without CUDA kernels" in go.said and not there(go)
 
 
@@ -194,9 +174,22 @@ def test_an_index_that_lies_about_a_hash(go, tmp_path):
     assert go("--index", index) == 1 and "sha256" in go.error and there(go) == {BINARY: "old"}
 
 
-def test_an_index_that_is_not_there(go, tmp_path):
-    assert go("--index", tmp_path / "nowhere") == 1
-    assert "nowhere" in go.error and "--no-download" in go.error and "triton backend" in go.error and not there(go)
+def test_an_index_that_cannot_be_read_is_one_without_wheels(go, tmp_path):
+    lacks = dict(missing=("g++ was not found: install it",))
+    assert (
+        go("--index", tmp_path / "nowhere", **lacks) == 0 and not there(go) and "The triton backend serves" in go.said
+    )
+    assert "without CUDA kernels: the index" in go.said and "nowhere is neither" in go.said and "g++ was not" in go.said
+    assert go("--index", tmp_path / "nowhere") == 0 and list(there(go)) == [BINARY]
+    assert "Build the CUDA kernels for compute capability 8.9" in go.said and "nowhere is neither" in go.said
+
+
+def test_the_index_is_asked_once(go, monkeypatch):
+    asked = []
+    monkeypatch.setattr(wheels, "find", lambda index, machine: asked.append(index) or "it has none")
+    assert (
+        go("--index", "https://example.org") == 0 and "as it has none" in go.said and asked == ["https://example.org"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -224,9 +217,9 @@ def start(tmp_path, csrc, nvcc):
     environment = {key: value for key, value in os.environ.items() if key != "SAGE_KERNELS_INDEX"}
     started = []
 
-    def run(*options):
+    def run(*options, by=()):
         process = subprocess.Popen(
-            [sys.executable, stand_in.__file__, tmp_path, *options],
+            [*by, sys.executable, stand_in.__file__, tmp_path, *options],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
         )  # fmt: skip
         started.append(process)
@@ -275,6 +268,27 @@ def test_killed_at_work(start, tmp_path, by):
     assert os.listdir(tmp_path / "package") == [BINARY]
 
 
+@pytest.mark.parametrize(
+    "folder, words", [("package", "as the user whom it belongs to"), ("build", "Permission denied")]
+)
+def test_a_read_only_folder(start, tmp_path, folder, words):
+    """Root may write everywhere, but for what it lets go of."""
+    by = []
+    if os.geteuid() == 0:
+        if not shutil.which("setpriv"):
+            pytest.skip("root may write everywhere, and setpriv (util-linux) is not here")
+        by = ["setpriv", "--bounding-set=-dac_override"]
+    (tmp_path / "package").mkdir()
+    (tmp_path / "build").mkdir()
+    (tmp_path / folder).chmod(0o500)
+    process = start(by=by)
+    said, _ = process.communicate(timeout=60)
+    (tmp_path / folder).chmod(0o700)
+    assert process.returncode == 1 and "Nothing was installed" in said and words in said, said
+    assert str(tmp_path / folder) in said and "Traceback" not in said
+    assert not list((tmp_path / folder).iterdir()) and not (tmp_path / "build" / "arguments.txt").exists()
+
+
 def test_a_file_system_without_locks(monkeypatch, tmp_path):
     def none(file):
         raise OSError(95, "Operation not supported")
@@ -283,40 +297,6 @@ def test_a_file_system_without_locks(monkeypatch, tmp_path):
     said = []
     with lock.held(tmp_path / "a folder" / "lock", said.append):
         assert "cannot be locked (Operation not supported)" in said[0]
-
-
-# ---- what pip brings
-
-
-@pytest.mark.parametrize("works", [True, False])
-@pytest.mark.parametrize("pip", [True, False])
-def test_tools_get_a_folder_of_their_own(monkeypatch, tmp_path, works, pip):
-    ran, tools = [], tmp_path / "tools"
-    find_spec = importlib.util.find_spec
-    monkeypatch.setattr(build, "TOOLS", tools)
-    monkeypatch.setattr(sys, "path", [*sys.path, str(tools)])
-    monkeypatch.setattr(install.shutil, "which", lambda name: "/bin/uv")
-    (tmp_path / "tools.new" / "half").mkdir(parents=True)
-    (tools / "half").mkdir(parents=True)
-
-    def run(command, **options):
-        ran.append([str(word) for word in command])
-        (tmp_path / "tools.new" / "a_new_tool").mkdir(parents=True)
-        return subprocess.CompletedProcess(command, 0 if works else 1, stdout="one\nERROR: No matching distribution\n")
-
-    monkeypatch.setattr(install.subprocess, "run", run)
-    monkeypatch.setattr(build, "missing_tools", lambda: ["ninja"])
-    with monkeypatch.context() as patch:
-        patch.setattr(install.importlib.util, "find_spec", lambda name: pip or None)
-        if works:
-            install.install_tools(())
-        else:
-            with pytest.raises(BuildError, match="pip could not install ninja: ERROR: No matching distribution"):
-                install.install_tools(())
-    assert (find_spec("a_new_tool") is not None) == works
-    assert ran[0][:4] == ([sys.executable, "-m", "pip", "install"] if pip else ["/bin/uv", "pip", "install", "--quiet"])
-    assert ran[0][-1] == "ninja" and ran[0][ran[0].index("--target") + 1] == str(tmp_path / "tools.new")
-    assert not (tools / "half").exists(), "what another run left of a package"
 
 
 # ---- as a program
@@ -341,8 +321,8 @@ def test_imports_no_torch():
 
 def test_what_is_missing_here_is_said(bare, nvcc, monkeypatch, tmp_path):
     said = machine.Machine.look()
-    assert said.nvcc is said.host is None
-    assert "nvcc was not found" in said.missing[0] and "C++ compiler" in said.missing[1]
+    assert said.nvcc is said.host is None and not said.nvcc_given
+    assert "nvcc was not found" in said.nvcc_problem and "C++ compiler" in said.missing[0]
     monkeypatch.setattr(build.sysconfig, "get_path", lambda name: str(tmp_path))
     monkeypatch.setenv("CUDA_HOME", str(Path(nvcc("12.4")).parents[1]))
     monkeypatch.setenv("CXX", shutil.which("sh", path=os.defpath))
@@ -350,4 +330,5 @@ def test_what_is_missing_here_is_said(bare, nvcc, monkeypatch, tmp_path):
     assert (
         said.nvcc_cuda == (12, 4) and said.host.endswith("sh") and ["Python.h" in why for why in said.missing] == [True]
     )
-    assert "not at /x/nvcc" in machine.Machine.look("/x/nvcc").missing[0]
+    said = machine.Machine.look("/x/nvcc")
+    assert "not at /x/nvcc" in said.nvcc_problem and said.nvcc_given

@@ -8,13 +8,16 @@ from types import SimpleNamespace
 import pytest
 from stand_in import ROOT, gpus, made_up
 
-from csrc import build, driver, machine, make_wheel, wheels
+from csrc import build, driver, machine, make_wheel, pypi, wheels
 from csrc.machine import Binary, Machine, plan, table
 from sage_kernels import dispatch
 
 HASH = "0123456789abcdef"  # made_up's
 WHEEL = wheels.Candidate("a.whl", "file:///a.whl", "0" * 64, frozenset(), (13, 0), ("8.9",), HASH)
-NO_NVCC = dict(nvcc=None, nvcc_cuda=None, missing=("nvcc was not found: install the CUDA toolkit",))
+NO_NVCC = dict(nvcc=None, nvcc_cuda=None, nvcc_problem="nvcc was not found: install the CUDA toolkit")
+NO_HOST = dict(host=None, missing=("nvcc needs a C++ compiler and g++ was not found: install g++",))
+NO_COMPILER = {**NO_NVCC, **NO_HOST}
+WHEEL_8_6 = wheels.Candidate("b.whl", "file:///b.whl", "0" * 64, frozenset(), (13, 0), ("8.6",), HASH)
 NO_DRIVER = dict(driver="", driver_cuda=None, driver_problem="no NVIDIA driver was found", gpus=())
 NO_GPU = dict(driver_problem="no NVIDIA GPU was found", gpus=())
 WINDOWS = dict(system="Windows", platform_tags=["win_amd64"])
@@ -63,7 +66,7 @@ PLANS = [
     (here("8.9", source_hash="older"), WHEEL, "download", "a.whl"),
     # nothing to do
     (here("8.9"), WHEEL, "ready", "are here, for compute capability 8.9"),
-    (here("8.6"), WHEEL, "ready", "8.6"),
+    ({**here("8.6"), "gpus": gpus("8.7")}, None, "ready", "8.6"),
     ({**here("8.6", "12.0"), "gpus": gpus("8.6", "12.0")}, None, "ready", "8.6, 12.0"),
     ({**here("9.0"), "gpus": gpus("6.1", "9.0")}, None, "ready", "9.0"),
     ({**here("12.0+PTX"), "gpus": gpus("13.0")}, None, "ready", "12.0+PTX"),
@@ -77,15 +80,35 @@ PLANS = [
     ({**here("12.0+PTX", cuda=(13, 2)), "gpus": gpus("13.0")}, None, "build", "12.0+PTX"),
     ({**here("12.0"), "gpus": gpus("13.0")}, None, "build", "12.0+PTX"),
     ({**here("8.9"), **OLD_DRIVER, **CUDA_12, **CU128}, None, "build", "CUDA 12.8"),
+    # better kernels than those of the binary
+    (here("8.6"), WHEEL, "download", "a.whl"),
+    (here("8.6"), None, "build", "as Card 0 has better ones, for 8.9, and no index of wheels is set"),
+    (here("8.0"), WHEEL_8_6, "build", "as Card 0 has better ones, for 8.9, and no wheel has those"),
+    ({**here("8.6", "12.0"), "gpus": gpus("8.9", "12.0")}, None, "build", "8.9, 12.0"),
+    # with PyPI's nvcc
+    (NO_NVCC, None, "build", "8.9 with PyPI's nvcc of CUDA 13.0 (a download of about 101 MB), as no index of wheels is set"),
+    (NO_NVCC, None, "build", "; nvcc was not found."),
+    ({**NO_NVCC, "nvcc_fetched": True}, None, "build", "with PyPI's nvcc of CUDA 13.0 (it is here), as no index"),
+    ({**NO_NVCC, **WINDOWS}, None, "build", "(a download of about 87 MB)"),
+    ({**NO_NVCC, "platform_tags": ["manylinux_2_39_aarch64"]}, None, "build", "(a download of about 94 MB)"),
+    ({**NO_NVCC, **CU128}, None, "build", "8.9 with PyPI's nvcc"),
+    ({**NO_NVCC, "driver_cuda": (14, 1)}, None, "build", "8.9 with PyPI's nvcc"),
+    ({**NO_NVCC, "gpus": gpus("13.0")}, None, "build", "12.0+PTX with PyPI's nvcc"),
+    (dict(nvcc_cuda=(12, 4)), None, "build", "wheels is set (--index, or SAGE_KERNELS_INDEX); /cuda/bin/nvcc is of CUDA 12.4"),
+    (dict(nvcc_cuda=(11, 8), gpus=gpus("8.6")), None, "build", "and compute capability 8.6 needs 12.0 or newer."),
+    (dict(nvcc_cuda=(14, 0)), None, "build", "8.9 with PyPI's nvcc"),
+    (dict(nvcc_cuda=(13, 1), gpus=gpus("13.0")), None, "build", "knows CUDA 13.0 and needs 13.1 to run what it builds."),
     # nothing to build with
-    (NO_NVCC, None, "fallback", "The triton backend serves attention, without CUDA kernels: no index of wheels"),
-    (NO_NVCC, None, "fallback", "nvcc was not found: install the CUDA toolkit."),
-    (NO_NVCC, "none of the 3 wheels fits", "fallback", "none of the 3 wheels fits; nvcc was not found"),
-    (dict(missing=("no nvcc", "no g++")), None, "fallback", "no nvcc; no g++."),
-    (dict(nvcc_cuda=(12, 4)), None, "fallback", "/cuda/bin/nvcc is of CUDA 12.4 and compute capability 8.9 needs 12.8"),
-    (dict(nvcc_cuda=(11, 8), gpus=gpus("8.6")), None, "fallback", "8.6 needs 12.0"),
+    (NO_HOST, None, "fallback", "The triton backend serves attention, without CUDA kernels: no index of wheels"),
+    (NO_COMPILER, None, "fallback", "SAGE_KERNELS_INDEX); nvcc needs a C++ compiler and g++ was not found: install g++."),
+    (NO_HOST, "none of the 3 wheels fits", "fallback", "none of the 3 wheels fits; nvcc needs a C++"),
+    ({**NO_HOST, **here("8.9", source_hash="older")}, None, "fallback", "g++ was not found"),
+    (dict(missing=("no g++", "no Python.h")), None, "fallback", "no g++; no Python.h."),
+    ({**NO_NVCC, **OLD_DRIVER, **CU128}, None, "fallback", "nvcc was not found: install the CUDA toolkit; PyPI has whole"),
+    ({**NO_NVCC, **OLD_DRIVER, **CU128}, None, "fallback", "driver (to 580 or newer), or install the CUDA toolkit 12.8 or"),
+    ({**NO_COMPILER, **OLD_DRIVER, **CU128}, None, "fallback", "toolkit 12.8 or 12.9; nvcc needs a C++ compiler"),
+    ({**NO_NVCC, "platform_tags": ["linux_x86_64", "musllinux_1_2_x86_64"]}, None, "fallback", "no nvcc for linux_x86_64"),
     ({**OLD_DRIVER, **CU128}, None, "fallback", "the driver knows CUDA 12.4 and needs 13.0 to run what it builds"),
-    (dict(nvcc_cuda=(13, 1), gpus=gpus("13.0")), None, "fallback", "knows CUDA 13.0 and needs 13.1"),
     # no GPU that they are for, or no torch that uses it
     (NO_DRIVER, WHEEL, "fallback", "The reference backend serves attention, on the CPU, without CUDA kernels: no NVIDIA driver"),
     (NO_GPU, WHEEL, "fallback", "no NVIDIA GPU was found"),
@@ -99,12 +122,12 @@ PLANS = [
     ({**CPU, **here("8.9")}, None, "fallback", "for CPUs only"),
     (OLD_DRIVER, WHEEL, "fallback", "made for CUDA 13.0 and the driver knows CUDA 12.4, so torch cannot use the GPU"),
     # what serves instead
-    ({**NO_NVCC, "triton": None}, None, "fallback", "not installed: /python -m pip install triton)"),
-    ({**NO_NVCC, **WINDOWS, "triton": None}, None, "fallback", "pip install triton-windows)"),
-    ({**NO_NVCC, "triton": "3.2.0"}, None, "fallback", "3.2.0 is older than 3.3, which comes with torch 2.7"),
-    ({**NO_NVCC, "triton": "3.10.1"}, None, "fallback", "The triton backend serves"),
-    ({**NO_NVCC, "gpus": gpus("7.5")}, None, "fallback", "ComfyUI's own attention stays in use, as Triton"),
-    ({**NO_NVCC, "gpus": gpus("7.5", "8.6")}, None, "fallback", "The triton backend serves"),
+    ({**NO_HOST, "triton": None}, None, "fallback", "not installed: /python -m pip install triton)"),
+    ({**NO_HOST, **WINDOWS, "triton": None}, None, "fallback", "pip install triton-windows)"),
+    ({**NO_HOST, "triton": "3.2.0"}, None, "fallback", "3.2.0 is older than 3.3, which comes with torch 2.7"),
+    ({**NO_HOST, "triton": "3.10.1"}, None, "fallback", "The triton backend serves"),
+    ({**NO_HOST, "gpus": gpus("7.5")}, None, "fallback", "ComfyUI's own attention stays in use, as Triton"),
+    ({**NO_HOST, "gpus": gpus("7.5", "8.6")}, None, "fallback", "The triton backend serves"),
     # the wrong Python
     (dict(python="3.9.18"), WHEEL, "fail", "needs Python 3.10 or newer and /python is 3.9.18: run install.py with the Python"),
     (dict(torch=None, torch_for="", torch_cuda=None), WHEEL, "fail", "needs torch and /python has none"),
@@ -136,9 +159,29 @@ def test_plans(changes, wheel, kind, words):
         (dict(torch=None, torch_for="", torch_cuda=None), ["8.9"], "build", "8.9"),
         (OLD_DRIVER, ["8.9"], "build", "8.9"),
         (OLD_DRIVER, None, "fail", "update the driver"),
-        (NO_NVCC, ["8.9"], "fail", "cannot be built: nvcc was not found"),
+        (
+            NO_NVCC,
+            ["9.0"],
+            "build",
+            "9.0 with PyPI's nvcc of CUDA 13.0 (a download of about 101 MB), as you asked; nvcc was",
+        ),
+        ({**NO_NVCC, **NO_DRIVER}, ["8.9"], "build", "8.9 with PyPI's nvcc"),
+        (
+            {**NO_NVCC, **OLD_DRIVER},
+            ["8.9"],
+            "fail",
+            "cannot be built: nvcc was not found: install the CUDA toolkit; PyPI has",
+        ),
+        (
+            {**NO_NVCC, "nvcc_given": True},
+            ["8.9"],
+            "fail",
+            "cannot be built: nvcc was not found: install the CUDA toolkit.",
+        ),
+        (dict(nvcc_cuda=(12, 4), nvcc_given=True), None, "fail", "and compute capability 8.9 needs 12.8"),
+        (NO_HOST, ["8.9"], "fail", "cannot be built: nvcc needs a C++ compiler"),
         ({}, ["sm_90"], "fail", "'sm_90' is no architecture of these kernels; there are 7.5, 8.0"),
-        (dict(nvcc_cuda=(12, 4)), ["12.0"], "fail", "needs 12.8"),
+        (dict(nvcc_cuda=(12, 4)), ["12.0"], "build", "PyPI's nvcc"),
         (dict(gpus=gpus("6.1")), None, "fail", "7.5 or newer and the GPUs here have 6.1"),
         (dict(python="3.9.1"), ["8.9"], "fail", "needs Python 3.10"),
     ],
@@ -146,6 +189,32 @@ def test_plans(changes, wheel, kind, words):
 def test_plans_where_a_build_is_asked_for(changes, archs, kind, words):
     made = plan(made_up(**changes), lambda: pytest.fail("a wheel will not do"), archs, must_build=True)
     assert made.kind == kind and words in made.sentence
+
+
+def test_plans_that_download_nothing():
+    assert plan(made_up(), download=False).kind == "build"
+    made = plan(made_up(**NO_NVCC), download=False)
+    assert (
+        made.kind == "fallback" and "nvcc was not found" in made.sentence and "--no-download was given" in made.sentence
+    )
+    assert plan(made_up(**NO_NVCC, nvcc_fetched=True), download=False).kind == "build"
+    made = plan(made_up(missing_tools=("ninja", "pybind11")), download=False)
+    assert made.kind == "fallback" and "/python -m pip install ninja pybind11." in made.sentence
+    assert plan(made_up(missing_tools=("ninja", "pybind11"))).kind == "build"
+
+
+def test_which_nvcc_and_how_much_of_it():
+    own, fetched = plan(made_up()), plan(made_up(**NO_NVCC))
+    assert (own.nvcc, own.fetch_mb) == ("/cuda/bin/nvcc", 0)
+    assert (fetched.nvcc, fetched.fetch_mb) == (str(pypi.nvcc_path()), 101)
+    assert plan(made_up(**NO_NVCC, nvcc_fetched=True)).fetch_mb == 0
+    assert fetched.as_json()["fetch_mb"] == 101
+
+
+def test_a_lesser_binary_is_better_than_none():
+    made = plan(made_up(**here("8.6"), **NO_HOST))
+    assert made.kind == "ready" and "are here, for compute capability 8.6, though Card 0 has better" in made.sentence
+    assert "g++ was not found" in made.sentence
 
 
 def test_what_dispatch_says_too():

@@ -11,17 +11,15 @@ import subprocess
 import sys
 import threading
 import zipfile
-from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 import pytest
+from index_server import Server
 from packaging import tags
 from packaging.utils import parse_wheel_filename
 from stand_in import PLATFORMS, PYTHON, SOURCE, machine_with
 
-from csrc import build, make_wheel, wheels
+from csrc import build, make_wheel, pypi, wheels
 from csrc.wheels import WheelError
 
 BINARY = build.binary_name()
@@ -29,12 +27,7 @@ WHOLE = b"the new binary" + bytes(range(256)) * 400
 
 
 @pytest.fixture(autouse=True)
-def plain_environment(monkeypatch):
-    """Neither this machine's proxies nor its pip settings; and what the stand-in says of itself."""
-    for name in list(os.environ):
-        if name.lower().endswith("_proxy") or name.startswith("PIP_") or name == "SAGE_KERNELS_INDEX":
-            monkeypatch.delenv(name)
-    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+def what_the_stand_in_says(plain_environment, monkeypatch):
     monkeypatch.setattr(wheels, "binary_info", lambda binary: (["8.9"], 13000, SOURCE))
 
 
@@ -69,63 +62,11 @@ def unchanged(package):
     return os.listdir(package) == [BINARY] and (package / BINARY).read_bytes() == b"the old binary"
 
 
-class Server(ThreadingHTTPServer):
-    """Serves make.folder. `bad` has what happens to a path that ends so, `seen` each path it was asked for."""
-
-    daemon_threads = True
-
-    def __init__(self, folder):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.folder, self.bad, self.seen = folder, {}, []
-        self.sending, self.go_on = threading.Event(), threading.Event()
-        self.url = f"http://127.0.0.1:{self.server_port}/"
-
-    def handle_error(self, request, client_address):
-        """A client that was killed is no news."""
-
-
-class Handler(BaseHTTPRequestHandler):
-    def log_message(self, *args):
-        pass
-
-    def do_GET(self):
-        server, path = self.server, unquote(urlsplit(self.path).path)
-        server.seen.append(self.path)
-        file = server.folder / (path.lstrip("/") or "index.html")
-        if file.is_dir():
-            file /= "index.html"
-        bad = next((bad for end, bad in server.bad.items() if path.endswith(end)), None)
-        if bad == "broken" or not file.is_file():
-            return self.send_error(500 if bad else 404)
-        content = file.read_bytes()
-        if bad == "changed":
-            content = content.replace(b"METADATA", b"METADATE")
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        half = len(content) // 2
-        self.wfile.write(content[:half])
-        if bad == "once":  # whole from the second time on
-            server.bad.clear()
-        if bad in ("once", "truncated"):
-            return self.close_connection
-        if bad == "slow":
-            self.wfile.flush()
-            server.sending.set()
-            server.go_on.wait(20)
-        self.wfile.write(content[half:])
-
-
 @pytest.fixture
 def server(make):
     make.folder.mkdir(exist_ok=True)
     with Server(make.folder) as running:
-        thread = threading.Thread(target=partial(running.serve_forever, poll_interval=0.02))
-        thread.start()
         yield running
-        running.go_on.set()
-        running.shutdown()
-        thread.join()
 
 
 def installed(index, package):
@@ -395,7 +336,7 @@ def test_a_wheel_of_wrong_contents(make, package, monkeypatch, case, words):
     ],
 )
 def test_what_pip_says(said, words):
-    assert re.search(words, wheels._pip_failure(said))
+    assert re.search(words, pypi.failure(said.splitlines()))
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
@@ -436,19 +377,50 @@ wheels.install(wheels.find(index, machine), Path(package))
 """
 
 
+def install_by(python, server, package, at="", **options):
+    """wheels.install in a process of its own."""
+    arguments = [build.CSRC.parent, server.url, package, PYTHON, " ".join(PLATFORMS), SOURCE, at]
+    return subprocess.Popen([python, "-c", INSTALL, *map(str, arguments)], **options)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="its Python is elsewhere")
+def test_in_a_fresh_environment(make, server, package, fresh_python, tmp_path):
+    """By its pip; where there is none, by Python, as long as packaging is there."""
+    wheel = make()
+    server.bad[".whl"] = "once"
+    (tmp_path / "path").mkdir()
+    (tmp_path / "path" / "packaging").symlink_to(Path(tags.__file__).parent)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "path"), "PATH": fresh_python[2]}
+    running = install_by(fresh_python[1], server, package, env=environment, stdout=subprocess.PIPE, text=True)
+    said, _ = running.communicate(timeout=60)
+    assert running.returncode == 0, said
+    assert (package / BINARY).read_bytes() == WHOLE and os.listdir(package) == [BINARY]
+    assert server.seen.count(f"/{wheel.name}") == 2, "a transfer that breaks is tried again"
+
+
+@pytest.mark.parametrize(
+    "bad, words", [("truncated", "another sha256"), ("changed", "another sha256"), ("broken", "Server")]
+)
+def test_a_wheel_that_does_not_arrive_whole_without_pip(make, server, package, monkeypatch, bad, words):
+    make()
+    found = wheels.find(server.url, machine_with())
+    monkeypatch.setattr(wheels.importlib.util, "find_spec", lambda name: None)
+    server.bad[".whl"] = bad
+    with pytest.raises(WheelError, match=f"was not installed, after 3 tries: .*{words}"):
+        wheels.install(found, package, lambda line: None)
+    assert unchanged(package)
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
 @pytest.mark.parametrize("at", ["download", "replace"])
 def test_killed_while_it_installs(make, server, package, tmp_path, at):
     make()
     if at == "download":
         server.bad[".whl"] = "slow"
-    arguments = [build.CSRC.parent, server.url, package, PYTHON, " ".join(PLATFORMS), SOURCE, at]
     (tmp_path / "tmp").mkdir()
-    running = subprocess.Popen(
-        [sys.executable, "-c", INSTALL, *map(str, arguments)],
-        env={**os.environ, "TMPDIR": str(tmp_path / "tmp")},
-        start_new_session=True,  # so that its pip ends with it
-    )
+    environment = {**os.environ, "TMPDIR": str(tmp_path / "tmp")}
+    # a session of its own, so that its pip ends with it
+    running = install_by(sys.executable, server, package, at, env=environment, start_new_session=True)
     if at == "download":
         assert server.sending.wait(20)
         os.killpg(running.pid, signal.SIGKILL)

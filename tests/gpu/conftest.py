@@ -3,7 +3,8 @@
 The file holds {machine, driver, torch, triton, commit, date, passed, failed, skipped, seconds, cases}, where cases has each
 test's name, outcome, seconds and what it recorded with record_property (relative L2 against the emulation and exact attention).
 
-NO_WGMMA=1 runs them with the mma.sync kernels where a Hopper GPU would choose wgmma.
+NO_WGMMA=1 runs them with the mma.sync kernels where a Hopper GPU would choose wgmma, NVRTC=1 with the cubins that NVRTC
+compiles for this GPU in place of the binary.
 """
 
 import contextlib
@@ -65,6 +66,14 @@ def pytest_configure(config):
 @pytest.fixture(scope="session", autouse=True)
 def which_matrix_instruction():
     with cuda.with_wgmma(False) if os.environ.get("NO_WGMMA") else contextlib.nullcontext():
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def which_compiler():
+    from with_cubins import compiled, served_by
+
+    with served_by(compiled()) if os.environ.get("NVRTC") else contextlib.nullcontext():
         yield
 
 
