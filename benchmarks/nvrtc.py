@@ -57,6 +57,7 @@ def main() -> int:
             for mode in modes:
                 rows.append(compare(tuple(map(int, shape.split(","))), mode, binary, ours))
                 print(rows[-1], flush=True)
+            save(result, rows, args.out, "nvrtc-")
         rows += host_time(binary, ours)
     print(*rows[-2:], sep="\n")
     print(f"written: {save(result, rows, args.out, 'nvrtc-')}")

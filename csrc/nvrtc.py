@@ -348,10 +348,12 @@ def compile_all(
             "archs": about,
         }
         archive = folder.with_name(ARCHIVE)
-        with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as into:
+        new = archive.with_suffix(".new")  # another process may be reading the old one
+        with zipfile.ZipFile(new, "w", zipfile.ZIP_DEFLATED) as into:
             for name, content in (("manifest.json", json.dumps(manifest, sort_keys=True)), *sorted(files.items())):
                 # without the time, so that the same code makes the same bytes
                 into.writestr(zipfile.ZipInfo(name), content, zipfile.ZIP_DEFLATED)
+        new.replace(archive)
         compiler.tidy()
     except OSError as error:
         raise BuildError(f"a file of the build cannot be written: {error}") from error
