@@ -146,6 +146,20 @@ def steps(rows: list[dict]) -> str:
     return "\n\n".join(tables + ([markdown(head, videos)] if videos else []))
 
 
+def chart(rows: list[dict]) -> str:
+    """Seconds a step of the slowest model, as a chart that GitHub draws; "" without whole models."""
+    timed = [row for row in rows if row["model"] != "demo" and row.get("ms")]
+    if not timed:
+        return ""
+    name = max(timed, key=lambda row: row["ms"])["name"]
+    bars = {label(row).replace("*", ""): f"{row['ms'] / 1e3:.3g}" for row in timed if row["name"] == name}
+    names = ", ".join(f'"{bar}"' for bar in bars)
+    return (
+        f'```mermaid\nxychart-beta horizontal\n    title "Seconds a step: {name}"\n    x-axis [{names}]\n'
+        f"    y-axis \"seconds\" 0 --> {1.1 * max(map(float, bars.values())):.0f}\n    bar [{', '.join(bars.values())}]\n```"
+    )
+
+
 def end_to_end(result: dict, source: str) -> str:
     """What the documents show of an end_to_end.py result file."""
     reasons = dict.fromkeys(passed["reason"] for row in result["rows"] for passed in row.get("passed", ()))
@@ -156,7 +170,7 @@ def end_to_end(result: dict, source: str) -> str:
         "against those with cuDNN."
         + (f" Attention calls not served: {'; '.join(reasons)}." if reasons else "")
         + f" From {source}.\n\n"
-        + steps(result["rows"])
+        + "\n\n".join(filter(None, (steps(result["rows"]), chart(result["rows"]))))
     )
 
 
