@@ -33,7 +33,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import torch  # noqa: E402
 from inputs import DISTRIBUTIONS, centred_error, exact, make, some_rows  # noqa: E402
-from providers import OURS, Quantisation, all_ours, peers, title  # noqa: E402
+from providers import OURS, Quantisation, all_ours, intents_of, peers, title  # noqa: E402
 
 SHAPES = {  # (B, H, Nq, Nk, D), causal
     "4k": ((4, 32, 4096, 4096, 128), False),
@@ -229,7 +229,9 @@ def row_of(provider, shape, causal, **extra) -> dict:
         "backend": provider.backend,
         "mode": provider.mode,
     }
-    return {**fixed, "ms": None, "tflops": None, "rel_l2": None, "inputs": "gauss", **provider.details, **extra}
+    measured = {"ms": None, "tflops": None, "rel_l2": None, "inputs": "gauss"}
+    intents = intents_of(provider, shape[-1])
+    return {**fixed, **measured, **provider.details, **({"intents": intents} if intents else {}), **extra}
 
 
 def time_round(call, device) -> float:

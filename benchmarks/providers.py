@@ -11,9 +11,10 @@ from findings import FINDINGS
 import sage_kernels
 import sage_kernels.reference
 from sage_kernels import AttentionConfig, cuda
-from sage_kernels.dispatch import INTENTS, TABLE, default_device
+from sage_kernels.dispatch import INTENTS, TABLE, Request, choose, default_device
 
 OURS = ("cuda", "triton", "reference")
+HEAD_DIMS = (64, 128)  # whose choices differ
 # Modes of the CUDA kernels that are timed on every shape; the others, which nothing picks by itself, on few.
 EVERYWHERE = ("int8/int32", "fp16/fp32", "fp8/fp32+fp16")
 
@@ -94,15 +95,30 @@ def all_ours(modes: list[str], backends: list[str], timed: bool) -> list[Provide
     if timed:  # what an intent comes to is measured once, whoever has it already
         by_kernel = {(p.backend, p.mode, p.details["qk_quant_gran"]): p for p in found if p}
         for intent in INTENTS:
-            provider = ours(AttentionConfig(intent=intent, backend="reference" if device.type == "cpu" else "auto"))
-            if provider:
-                key = (provider.backend, provider.mode, provider.details["qk_quant_gran"])
-                by_kernel.setdefault(key, provider).details.setdefault("intents", []).append(intent)
+            for head_dim in HEAD_DIMS:
+                backend, mode, gran = what_serves(intent, head_dim)
+                if (backend, mode, gran) not in by_kernel and backend:
+                    config = AttentionConfig(backend=backend, pv_accum=mode, qk_quant_gran=gran)
+                    by_kernel[backend, mode, gran] = ours(config)
         found = list(by_kernel.values())
     return [
         p for p in found
         if p and (not modes or any(mode in p.name for mode in modes)) and (not backends or p.backend in backends)
     ]  # fmt: skip
+
+
+def what_serves(intent: str, head_dim: int) -> tuple[str, str, str]:
+    """Backend, mode and granularity of an intent on this machine."""
+    device = default_device()
+    config = AttentionConfig(intent=intent, backend="reference" if device.type == "cpu" else "auto")
+    choice = choose(Request(config, device, head_dim))
+    return choice.backend, choice.mode, choice.config.qk_quant_gran
+
+
+def intents_of(provider: Provider, head_dim: int) -> list[str]:
+    """What a kernel of ours is chosen for."""
+    this = provider.backend, provider.mode, provider.details.get("qk_quant_gran")
+    return [intent for intent in INTENTS if provider.backend in OURS and what_serves(intent, head_dim) == this]
 
 
 class Quantisation:

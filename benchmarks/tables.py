@@ -50,13 +50,13 @@ def newest(folder: Path, kind=is_benchmark) -> Path | None:
     return max(files, key=lambda path: json.loads(path.read_text(encoding="utf-8"))["date"], default=None)
 
 
-def label(row: dict) -> str:
+def label(row: dict, with_intents: bool = True) -> str:
     """A column's or line's heading."""
     mode = " ".join(part for part in (row["mode"], row.get("qk_quant_gran")) if part)
     if row["backend"] not in OURS:
         return mode if row["backend"] == "finding" else f"{row['backend']} {mode}"
     backend = "emulation" if row["backend"] == "reference" else f"**{row['backend']}**"
-    intents = f" ({', '.join(row['intents'])})" if row.get("intents") else ""
+    intents = f" ({', '.join(row['intents'])})" if with_intents and row.get("intents") else ""
     return f"{backend} {mode}{intents}"
 
 
@@ -65,13 +65,16 @@ def markdown(header: list[str], lines: list[list[str]]) -> str:
 
 
 def speed(rows: list[dict]) -> str:
-    """TFLOPS of a whole call and, for ours, the ratio to torch's cuDNN attention in the same run; a line a shape."""
+    """TFLOPS of a whole call and, for ours, the ratio to torch's cuDNN attention in the same run; a line a shape.
+
+    What auto took in that run is bold.
+    """
     timed = [row for row in rows if is_timed(row)]
-    names = {label(row): row["backend"] for row in timed}
+    names = {label(row, False): row["backend"] for row in timed}
     lines = []
     for key in dict.fromkeys((row["name"], tuple(row["shape"]), row["causal"]) for row in timed):
         name, shape, causal = key
-        here = {label(row): row for row in timed if (row["name"], tuple(row["shape"]), row["causal"]) == key}
+        here = {label(row, False): row for row in timed if (row["name"], tuple(row["shape"]), row["causal"]) == key}
         cudnn = next((row["ms"] for row in here.values() if "cudnn" in row["mode"]), None)
         cells = []
         for column, backend in names.items():
@@ -81,7 +84,8 @@ def speed(rows: list[dict]) -> str:
             elif row["ms"] is None:
                 cells.append("fails")
             elif row["backend"] in OURS and cudnn:
-                cells.append(f"{row['tflops']:.0f} ({cudnn / row['ms']:.2f}×)")
+                cell = f"{row['tflops']:.0f} ({cudnn / row['ms']:.2f}×)"
+                cells.append(f"**{cell}**" if "auto" in row.get("intents", ()) else cell)
             else:
                 cells.append(f"{row['tflops']:.0f}")
         lines.append([line_of(name, shape) + (" causal" if causal and "causal" not in name else ""), *cells])
@@ -156,7 +160,7 @@ def chart(rows: list[dict]) -> str:
     names = ", ".join(f'"{bar}"' for bar in bars)
     return (
         f'```mermaid\nxychart-beta horizontal\n    title "Seconds a step: {name}"\n    x-axis [{names}]\n'
-        f"    y-axis \"seconds\" 0 --> {1.1 * max(map(float, bars.values())):.0f}\n    bar [{', '.join(bars.values())}]\n```"
+        f'    y-axis "seconds" 0 --> {1.1 * max(map(float, bars.values())):.0f}\n    bar [{", ".join(bars.values())}]\n```'
     )
 
 
@@ -184,7 +188,8 @@ def render(result: dict, source: str) -> str:
     parts = []
     if any(map(is_timed, result["rows"])):
         parts.append(
-            f"TFLOPS of a whole call, bf16, quantisation included ({where}). In brackets: the ratio to torch's cuDNN attention."
+            f"TFLOPS of a whole call, bf16, quantisation included ({where}). In brackets: the ratio to torch's cuDNN "
+            "attention; bold: what `auto` took in that run."
         )
         parts.append(speed(result["rows"]))
         notes = dict.fromkeys(

@@ -12,7 +12,7 @@ import torch
 from .blocks import Selection, position
 from .call import mask_4d, not_understood, to_comfy, unview, views
 from .errors import serve_or_raise
-from .kernels import AttentionConfig, attention, attention_consuming, explain
+from .kernels import AttentionConfig, attention, attention_consuming, break_even, explain
 from .sampling import Patch
 
 
@@ -24,7 +24,7 @@ class Settings:
     selection: Selection
     counts: dict[str, int]
     attention: str  # "self", "cross" or "both"
-    min_tokens: int
+    min_tokens: int  # below 0: as many as the card needs to gain
     told: bool = True  # the model's own code tells its blocks, so a call without one is outside them
 
 
@@ -49,7 +49,7 @@ def make_override(settings: Settings, patch: Patch, previous=None):
         block = position(options, settings.counts)
         q, k, v = peek()
         reason = not_understood(q, k, v, heads, named, kwargs)
-        reason = reason or _not_asked(settings, patch, options, block, q, k, skip_reshape, kwargs)
+        reason = reason or _not_asked(settings, patch, options, block, q, k, heads, skip_reshape, kwargs)
         if reason is None:
             layout = "HND" if skip_output_reshape else "NHD"
             call = {
@@ -149,7 +149,7 @@ def _container_function(attempt, previous, core):
     return container_function
 
 
-def _not_asked(settings: Settings, patch: Patch, options, block, q, k, skip_reshape, kwargs) -> str | None:
+def _not_asked(settings: Settings, patch: Patch, options, block, q, k, heads, skip_reshape, kwargs) -> str | None:
     """Why the user or the model does not want this call quantised, or None. Reasons hold no varying number: they group."""
     if kwargs.get("low_precision_attention") is False:
         return "the model asks for full precision (low_precision_attention=False)"
@@ -161,7 +161,11 @@ def _not_asked(settings: Settings, patch: Patch, options, block, q, k, skip_resh
     kind = "self" if nq == nk else "cross"
     if settings.attention not in (kind, "both"):
         return f"{kind} attention (attention is set to {settings.attention})"
-    if nq < settings.min_tokens or nk < settings.min_tokens:
+    if settings.min_tokens < 0:
+        least = break_even(str(q.device), int(q.shape[-1]) if skip_reshape else int(q.shape[-1]) // heads)
+        if nq < least or nk < least:
+            return f"fewer than {least} tokens, too few to gain on this device (min_tokens is -1)"
+    elif nq < settings.min_tokens or nk < settings.min_tokens:
         return f"fewer than {settings.min_tokens} tokens (min_tokens)"
     if block is None and settings.counts and settings.told:
         return "outside the model's numbered blocks (a text refiner, for example)"

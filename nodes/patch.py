@@ -166,10 +166,10 @@ def _inputs() -> list:
         ),
         io.Int.Input(
             "min_tokens",
-            default=1024,
-            min=0,
+            default=-1,
+            min=-1,
             max=1048576,
             tooltip="Calls with fewer query or key tokens run the previous attention: quantising them costs more than "
-            "it saves.",
+            "it saves. -1: as many as your card was measured to need, or 1024 where nobody has measured it.",
         ),
     ]

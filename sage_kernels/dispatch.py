@@ -25,6 +25,7 @@ class Request:
 
     config: AttentionConfig
     device: torch.device
+    head_dim: int = 128
 
 
 @dataclass(frozen=True)
@@ -58,13 +59,13 @@ Auto = dict[str, tuple[str, str]]  # intent -> (pv_accum, qk_quant_gran)
 class Backend:
     """One row of the table. `blocked` gives the reason this machine or device cannot use it, or None.
 
-    modes and auto are asked only of a device that is not blocked. auto: what each intent gets there.
+    modes and auto are asked only of a device that is not blocked. auto: what each intent gets there at a head_dim.
     """
 
     name: str
     blocked: Callable[[torch.device], str | None]
     modes: Callable[[torch.device], tuple[str, ...]]
-    auto: Callable[[torch.device], Auto]
+    auto: Callable[[torch.device, int], Auto]
 
 
 def interpreting() -> bool:
@@ -129,6 +130,18 @@ CUDA_AUTO = {
     "12.0": _auto(INT8, FP16),
 }
 
+# The same for head_dim up to 64, where it differs.
+CUDA_AUTO_64 = {
+    # half the matrix work for as many exponentials, so that 8-bit PV gains nothing: fp16/fp32 was measured to be as fast or faster
+    "9.0": _auto(FP16, FP16),
+}
+
+
+def _cuda_auto(device: torch.device, head_dim: int) -> Auto:
+    arch = cuda.arch(device)
+    return CUDA_AUTO_64.get(arch, CUDA_AUTO[arch]) if head_dim <= 64 else CUDA_AUTO[arch]
+
+
 # On Triton fp16 PV is at once the fastest and the most accurate: 8-bit P has to be moved between registers before the
 # matrix unit can read it, which costs more than the faster matrix instruction gains (docs/triton.md has the numbers).
 # Per warp costs nothing over per block: a tile of keys has one scale, which the rows carry. Per thread is one more
@@ -139,9 +152,11 @@ TRITON_AUTO = _auto(("fp16/fp32", "per_warp"), FP16)
 REFERENCE_AUTO = _auto(FP16, FP16)
 
 TABLE = (
-    Backend("cuda", cuda.blocked, cuda.modes, lambda device: CUDA_AUTO[cuda.arch(device)]),
-    Backend("triton", _triton_blocked, lambda device: ("fp16/fp32", "int8/int32"), lambda device: TRITON_AUTO),
-    Backend("reference", lambda device: None, lambda device: PV_MODES, lambda device: REFERENCE_AUTO),
+    Backend("cuda", cuda.blocked, cuda.modes, _cuda_auto),
+    Backend(
+        "triton", _triton_blocked, lambda device: ("fp16/fp32", "int8/int32"), lambda device, head_dim: TRITON_AUTO
+    ),
+    Backend("reference", lambda device: None, lambda device: PV_MODES, lambda device, head_dim: REFERENCE_AUTO),
 )
 
 # Backends are asked in the table's order. Where mode and backend are left to us, these are asked first: compute capability
@@ -160,7 +175,10 @@ def _in_order(request: Request) -> tuple[Backend, ...]:
     first = FIRST.get(torch.cuda.get_device_capability(device), {}).get(config.intent)
     for backend in TABLE:
         # also where its own choice was asked for by name
-        if backend.name == first and config.pv_accum in ("auto", backend.auto(device)[config.intent][0]):
+        if backend.name == first and config.pv_accum in (
+            "auto",
+            backend.auto(device, request.head_dim)[config.intent][0],
+        ):
             return (backend, *(other for other in TABLE if other is not backend))
     return TABLE
 
@@ -179,9 +197,23 @@ def availability(device: torch.device | str | None = None) -> dict[str, str]:
 
 
 @torch.compiler.assume_constant_result
-def chosen(config: str, device: str) -> Choice:
+def chosen(config: str, device: str, head_dim: int) -> Choice:
     """`choose` for torch.compile: run once while tracing, its answer a constant of the graph."""
-    return choose(Request(AttentionConfig.decode(config), torch.device(device)))
+    return choose(Request(AttentionConfig.decode(config), torch.device(device), head_dim))
+
+
+# The fewest tokens, of queries and of keys, from which whole calls were measured to be as fast as torch's own attention or faster
+# (docs/numbers.md): compute capability -> head_dim up to -> tokens. Between two lengths that were measured, the one that gains.
+BREAK_EVEN = {(9, 0): {64: 16384, 128: 4096}}
+NOT_MEASURED = 1024  # below it launches and quantisation cost more than any attention
+
+
+@torch.compiler.assume_constant_result
+def break_even(device: str, head_dim: int) -> int:
+    """The fewest tokens from which quantised attention is worth it on a device."""
+    on = torch.device(device)
+    known = BREAK_EVEN.get(torch.cuda.get_device_capability(on), {}) if on.type == "cuda" else {}
+    return next((tokens for most, tokens in known.items() if head_dim <= most), NOT_MEASURED)
 
 
 @lru_cache(maxsize=512)
@@ -216,7 +248,7 @@ def _refusal(backend: Backend, request: Request) -> str | None:
 def _resolve(backend: Backend, request: Request) -> tuple[AttentionConfig, tuple[str, ...]]:
     """Every "auto" filled in and, where config is not strict, a mode the backend lacks replaced by one it has."""
     config, modes = request.config, backend.modes(request.device)
-    auto_mode, auto_gran = backend.auto(request.device)[config.intent]
+    auto_mode, auto_gran = backend.auto(request.device, request.head_dim)[config.intent]
     notes = []
     mode = auto_mode if config.pv_accum == "auto" else config.pv_accum
     if mode not in modes:

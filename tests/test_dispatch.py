@@ -296,15 +296,37 @@ def test_auto_is_never_worse_than_fp8_two_level(gpu_machine):
             choice = choose(Request(AttentionConfig(strict=strict), device))
             assert choice.refusal is None and PV[choice.mode].error <= limit
     for row in rows():
-        assert PV[row.auto(GPU)["auto"][0]].error <= limit, row.name
-        assert set(row.auto(GPU)) == set(INTENTS)
+        for head_dim in (64, 128):
+            assert PV[row.auto(GPU, head_dim)["auto"][0]].error <= limit, row.name
+            assert set(row.auto(GPU, head_dim)) == set(INTENTS)
 
 
-def test_intents_are_ordered(gpu_machine):
+@pytest.mark.parametrize("head_dim", [40, 64, 72, 256])
+def test_intents_are_ordered(gpu_machine, head_dim):
     for row in rows():
-        errors = [PV[row.auto(GPU)[intent][0]].error for intent in ("accurate", "balanced", "fast")]
+        errors = [PV[row.auto(GPU, head_dim)[intent][0]].error for intent in ("accurate", "balanced", "fast")]
         assert errors == sorted(errors), row.name
-        assert {mode for mode, _ in row.auto(GPU).values()} <= set(row.modes(GPU))
+        assert {mode for mode, _ in row.auto(GPU, head_dim).values()} <= set(row.modes(GPU))
+
+
+@pytest.mark.parametrize(
+    "head_dim, mode", [(40, "fp16/fp32"), (64, "fp16/fp32"), (65, "int8/int32"), (128, "int8/int32")]
+)
+def test_hopper_chooses_by_head_dim(machine, head_dim, mode):
+    machine((9, 0), fake_binary())
+    choice = choose(Request(AttentionConfig(), GPU, head_dim))
+    assert (choice.backend, choice.mode) == ("cuda", mode)
+
+
+@pytest.mark.parametrize(
+    "capability, head_dim, tokens",
+    [((9, 0), 40, 16384), ((9, 0), 64, 16384), ((9, 0), 96, 4096), ((9, 0), 256, 1024), ((8, 9), 64, 1024)],
+)
+def test_break_even(machine, capability, head_dim, tokens):
+    """As measured, and where nothing was, what saves nobody anything."""
+    machine(capability, fake_binary())
+    assert dispatch.break_even("cuda:0", head_dim) == tokens
+    assert dispatch.break_even("cpu", head_dim) == 1024
 
 
 @pytest.mark.parametrize("mode", PV_MODES)

@@ -282,6 +282,18 @@ def test_min_tokens(nq, nk):
     check_taken(run, patch, *tensors(nq, nk))
 
 
+@pytest.mark.parametrize("skip_reshape", [False, True])
+def test_min_tokens_that_the_card_decides(monkeypatch, skip_reshape):
+    asked = []
+    monkeypatch.setattr("nodes.override.break_even", lambda device, head_dim: asked.append((device, head_dim)) or 48)
+    run, patch = make(min_tokens=-1)
+    reason = "fewer than 48 tokens, too few to gain on this device (min_tokens is -1)"
+    check_passed(run, patch, reason, *tensors(47, 60, skip_reshape=skip_reshape), skip_reshape=skip_reshape)
+    core.calls = 0
+    check_taken(*make(min_tokens=-1), *tensors(48, 48, skip_reshape=skip_reshape), skip_reshape=skip_reshape)
+    assert set(asked) == {("cpu", DIM)}
+
+
 def block(kind, index, total):
     return {"block_type": kind, "block_index": index, "total_blocks": total}
 

@@ -30,7 +30,7 @@ def tree(tmp_path):
     (tmp_path / "benchmarks" / "results").mkdir(parents=True)
     (tmp_path / "docs").mkdir()
     for name in ("README.md", "docs/accuracy.md"):
-        (tmp_path / name).write_text(f"before\n{tables.BEGIN}\nold\n{tables.END}\nafter\n", encoding="utf-8")
+        (tmp_path / name).write_text(f"before\n{tables.BEGIN}\nyesterday\n{tables.END}\nafter\n", encoding="utf-8")
     return tmp_path
 
 
@@ -41,12 +41,12 @@ def put(tree, name, content):
 def test_tables_are_written_and_then_up_to_date(tree):
     put(tree, "a.json", result())
     assert tables.update(tree, check=True) == ["README.md", "docs/accuracy.md"]
-    assert "old" in (tree / "README.md").read_text(encoding="utf-8"), "--check writes nothing"
+    assert "yesterday" in (tree / "README.md").read_text(encoding="utf-8"), "--check writes nothing"
     assert tables.update(tree, check=False) == ["README.md", "docs/accuracy.md"]
     text = (tree / "README.md").read_text(encoding="utf-8")
-    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
-    assert "| Wan cross: 1,2,1000×500,64 | 200 | 300 (1.50×) | fails |" in text
-    assert "**triton** fp16/fp32 per_warp (auto)" in text
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "yesterday" not in text
+    assert "| Wan cross: 1,2,1000×500,64 | 200 | **300 (1.50×)** | fails |" in text, "what auto took is bold"
+    assert "| **triton** fp16/fp32 per_warp |" in text
     assert "emulation" not in text, "emulations have no speed: they are docs/accuracy.md's"
     assert "benchmarks/results/a.json" in text and "commit abc" in text
     text = (tree / "docs" / "accuracy.md").read_text(encoding="utf-8")
@@ -81,6 +81,8 @@ def test_whole_models_have_a_table_of_their_own(tree):
     assert "| Wan | **triton** fp16/fp32 | 7.5 (1.20×) | 60.2 | 0.0100 | 160 of 320 |" in text
     assert "| Wan | **triton** int8/int32 | fails |" in text and "not served: cross attention." in text
     assert "| demo | **triton** fp16/fp32 | 41.2 | 38.5 | 10 of 10 | - |" in text
+    chart = text.split("```mermaid")[1].split("```")[0]
+    assert 'x-axis ["torch cudnn", "triton fp16/fp32"]' in chart and "bar [9, 7.5]" in chart and "0 --> 10" in chart
     assert tables.update(tree, check=True) == []
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 PACK = "sage-attention.v1"  # our folder in custom_nodes: no Python identifier, for people name clones as they like
 DEFAULTS = dict(
     mode="auto", pv_accum="auto", qk_quant_gran="auto", smooth_k="auto", smooth_v="auto", rotate="auto",
-    start_percent=0.0, end_percent=1.0, blocks="all", attention="self", min_tokens=1024,
+    start_percent=0.0, end_percent=1.0, blocks="all", attention="self", min_tokens=-1,
 )  # fmt: skip
 VIDEO = {
     "class_type": "EmptyHunyuanLatentVideo",

@@ -20,7 +20,7 @@ def test_schema(comfy):
     assert {name: spec[1]["default"] for name, spec in inputs.items() if name != "model"} == DEFAULTS
     assert all(len(spec[1]["tooltip"]) > 20 for spec in inputs.values())
     assert inputs["pv_accum"][1]["options"][0] == "auto" and "fp8/fp32+fp16" in inputs["pv_accum"][1]["options"]
-    assert (inputs["min_tokens"][1]["min"], inputs["min_tokens"][1]["max"]) == (0, 1048576)
+    assert (inputs["min_tokens"][1]["min"], inputs["min_tokens"][1]["max"]) == (-1, 1048576)
 
 
 def test_help_page_and_locale_are_served(comfy):
@@ -44,7 +44,7 @@ def test_help_page_and_locale_are_served(comfy):
         ({"blocks": "5-2"}, 'blocks has the range "5-2", which starts after its end'),
         ({"start_percent": 0.8, "end_percent": 0.2}, "start_percent is 0.8, after end_percent, which is 0.2"),
         ({"end_percent": 1.5}, "end_percent is 1.5; it must be 0 to 1"),
-        ({"min_tokens": -1}, "min_tokens"),
+        ({"min_tokens": -2}, "min_tokens"),
     ],
 )
 def test_bad_input_is_refused_at_validation(comfy, wrong, sentence):
