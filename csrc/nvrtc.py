@@ -1,6 +1,6 @@
 """Compiles the device code of this folder with NVRTC, which torch brings: no nvcc, no C++ compiler, no Python.h.
 
-`find` looks for an NVRTC, `build` makes `_C.cubins` with it: what sage_kernels/cubins.py runs where there is no `_C`. Every
+`find` looks for an NVRTC, `compile_all` makes `_C.cubins` with it: what sage_kernels/cubins.py runs where there is no `_C`. Every
 failure is a BuildError whose text is a sentence for the user. docs/nvrtc.md has the whole.
 """
 

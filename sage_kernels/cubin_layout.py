@@ -260,9 +260,8 @@ def wgmma_variants(params: Mapping[str, float]) -> Iterable[tuple[int, int, bool
                 yield from ((mode, v_dim, masked) for masked in (False, True))
 
 
-Kernels = dict[
-    str, tuple[int, int]
-]  # its name in C++ -> threads of a block, bytes of shared memory that a launch asks for
+# Its name in C++ -> threads of a block, bytes of shared memory that a launch asks for.
+Kernels = dict[str, tuple[int, int]]
 
 
 def units(facts: dict[str, dict[str, int]]) -> dict[str, tuple[str, Kernels]]:
