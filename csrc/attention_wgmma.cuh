@@ -61,7 +61,7 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct WgmmaAttention {
     static constexpr int SHARED_BYTES = ALIGNMENT + Q_BYTES + Tiles::BYTES + Tiles::BARRIER_BYTES + WARPGROUPS * FINISH_BYTES;
     static constexpr int REGISTERS = 240, COPY_REGISTERS = 24;  // of a thread: 2 * 128 * 240 + 128 * 24 are all there are
 
-    using Soft = Softmax<MODE, 1, KEYS, V_DIM, MASKED>;
+    using Soft = Softmax<MODE, 1, KEYS, V_DIM, MASKED, 2>;
     using Pv = typename Soft::Pv;
     static constexpr int GROUPS = Soft::GROUPS;
     static constexpr bool IN_PLACE = Pv::IN_PLACE;

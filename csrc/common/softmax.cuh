@@ -10,8 +10,8 @@
 
 namespace sage {
 
-// M: 16-row tiles of a warp. KEYS: of a tile.
-template <Mode MODE, int M, int KEYS, int V_DIM, bool MASKED> struct Softmax {
+// M: 16-row tiles of a warp. KEYS: of a tile. CHAINS: in which a row's maximum is sought, each of which waits for itself alone.
+template <Mode MODE, int M, int KEYS, int V_DIM, bool MASKED, int CHAINS> struct Softmax {
     static constexpr int N = KEYS / 8;           // columns of 8 keys
     static constexpr int GROUPS = KEYS / PANEL;  // of keys that share a K scale
     static constexpr int P_WORDS = KEYS * v_bytes(MODE) / 16;  // of a row half, in one thread
@@ -92,7 +92,6 @@ template <Mode MODE, int M, int KEYS, int V_DIM, bool MASKED> struct Softmax {
 
     // The largest of a thread's scores of a row and PANEL keys. Codes are positive floats or -inf, which compare as integers.
     __device__ static float largest(const int32_t (&s)[N][4], int n0, int r) {
-        constexpr int CHAINS = M == 1 ? 2 : 1;  // each waits for itself only; with more rows there are enough
         int32_t code[2] = {s[n0][2 * r], s[n0 + 1][2 * r]};
         float score = __int_as_float(code[0]);
 #pragma unroll
