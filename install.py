@@ -101,12 +101,15 @@ def run(options: argparse.Namespace) -> int:
             return failed
         try:
             carry_out(machine, todo, options, keep)
-        except build.NothingToBuild as reason:  # PyPI cannot be reached
-            if options.must_build:
+        except build.BuildError as reason:
+            unreachable = isinstance(reason, build.NothingToBuild)  # PyPI, which is no failure
+            if options.must_build or not (unreachable or todo.kind == "build"):
                 raise
             todo = decide(replace(machine, missing=(*machine.missing, str(reason))))
+            if todo.kind == "fallback" and not unreachable:
+                raise
             failed = tell(todo)
-            if todo.kind == "nvrtc":  # which needs nothing of PyPI
+            if todo.kind == "nvrtc":  # which needs neither PyPI nor a C++ compiler
                 carry_out(machine, todo, options, keep)
             return failed
     return 0
@@ -124,7 +127,7 @@ def carry_out(machine: Machine, todo: Plan, options: argparse.Namespace, keep: S
         assert machine.nvrtc is not None
         cubins = nvrtc.compile_all(machine.nvrtc, todo.archs, options.jobs, options.build_dir, say, keep)
         if not options.archs:  # those of other machines cannot be tried here
-            nvrtc.verify(cubins)
+            nvrtc.verify(cubins, say)
         say(f"Compiled {build.put(cubins, build.PACKAGE / cubins.name)}. Restart ComfyUI if it runs.")
         return
     pypi.fetch_tools(say, keep)

@@ -235,13 +235,13 @@ def python_headers() -> str:
     return folder
 
 
-def bounded_jobs(asked: int | None, cores: int, free_bytes: int | None) -> int:
+def bounded_jobs(asked: int | None, cores: int, free_bytes: int | None, each: int = JOB_BYTES) -> int:
     """How many compilers to run at once: what was asked for, else one a core as far as memory goes."""
     if asked is not None:
         if asked < 1:
             raise BuildError(f"--jobs is {asked}; it must be at least 1")
         return asked
-    return max(1, cores if free_bytes is None else min(cores, free_bytes // JOB_BYTES))
+    return max(1, cores if free_bytes is None else min(cores, free_bytes // each))
 
 
 def cores() -> int:

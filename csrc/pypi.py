@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -30,6 +31,7 @@ NVCC = (
 MEGABYTES = {"(many)?linux.*_x86_64": 101, "(many)?linux.*_aarch64": 94, "win_amd64": 87}
 # What pip and uv say of more than a network that is not there: a full disk, a file that is not what the index says.
 FAILURES = ("No space left", "DO NOT MATCH THE HASHES", "Hash mismatch")
+NETWORK = r"(?i)connect|resolve|timed? ?out|retr|proxy|ssl|certificate|\b[45]\d\d\b|no matching distribution"
 
 
 # ---- the compiler
@@ -95,7 +97,8 @@ def fetch(packages: Sequence[str], folder: Path, say: Callable[[str], None], kee
     command += ["--no-deps", "--target", str(new), *packages]
     lines: list[str] = []
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8", errors="replace", pass_fds=keep
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8",
+        errors="replace", env={**os.environ, "PIP_REQUIRE_VIRTUALENV": "0"}, pass_fds=keep,
     ) as process:  # fmt: skip
         assert process.stdout is not None
         for line in process.stdout:
@@ -107,7 +110,9 @@ def fetch(packages: Sequence[str], folder: Path, say: Callable[[str], None], kee
         why = f"{', '.join(packages)} cannot be had from PyPI: {failure(lines, name)}"
         if any(words in line for line in lines for words in FAILURES):
             raise BuildError(why)
-        raise NothingToBuild(f"{why} (check the network and the proxy, HTTPS_PROXY)")
+        if any(re.search(NETWORK, line) for line in lines):
+            why += " (check the network and the proxy, HTTPS_PROXY)"
+        raise NothingToBuild(why)
     shutil.rmtree(folder, ignore_errors=True)
     new.rename(folder)
 
@@ -119,7 +124,9 @@ def installer() -> tuple[str, list[str]]:
         program = [sys.executable, "-m", "uv"] if importlib.util.find_spec("uv") else [uv] if uv else None
         if program:
             return "uv", [*program, "pip", "install", "--python", sys.executable]
-    return "pip", [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar", "off"]
+    # whatever people's settings say: --target goes with no other place, and nobody is there to answer questions
+    quiet = ["--no-input", "--no-user", "--disable-pip-version-check", "--progress-bar", "off"]
+    return "pip", [sys.executable, "-m", "pip", "install", *quiet]
 
 
 def failure(said: Sequence[str], by: str = "pip") -> str:

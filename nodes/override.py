@@ -49,7 +49,7 @@ def make_override(settings: Settings, patch: Patch, previous=None):
         block = position(options, settings.counts)
         q, k, v = peek()
         reason = not_understood(q, k, v, heads, named, kwargs)
-        reason = reason or _not_asked(settings, patch, options, block, q, k, heads, skip_reshape, kwargs)
+        reason = reason or _not_asked(settings, patch, options, block, q, k, skip_reshape, kwargs)
         if reason is None:
             layout = "HND" if skip_output_reshape else "NHD"
             call = {
@@ -60,7 +60,7 @@ def make_override(settings: Settings, patch: Patch, previous=None):
             }
             q, k, v = views((q, k, v), heads, skip_reshape, layout)
             choice = explain(q, k, v, **call)
-            reason = choice.refusal
+            reason = choice.refusal or _too_few(settings, choice.backend, q, k, layout)
         if reason is None and not compiling:
             kernel = f"{choice.backend} {choice.mode}"
             reason = patch.report.broken.get(kernel)
@@ -149,7 +149,7 @@ def _container_function(attempt, previous, core):
     return container_function
 
 
-def _not_asked(settings: Settings, patch: Patch, options, block, q, k, heads, skip_reshape, kwargs) -> str | None:
+def _not_asked(settings: Settings, patch: Patch, options, block, q, k, skip_reshape, kwargs) -> str | None:
     """Why the user or the model does not want this call quantised, or None. Reasons hold no varying number: they group."""
     if kwargs.get("low_precision_attention") is False:
         return "the model asks for full precision (low_precision_attention=False)"
@@ -161,11 +161,7 @@ def _not_asked(settings: Settings, patch: Patch, options, block, q, k, heads, sk
     kind = "self" if nq == nk else "cross"
     if settings.attention not in (kind, "both"):
         return f"{kind} attention (attention is set to {settings.attention})"
-    if settings.min_tokens < 0:
-        least = break_even(str(q.device), int(q.shape[-1]) if skip_reshape else int(q.shape[-1]) // heads)
-        if nq < least or nk < least:
-            return f"fewer than {least} tokens, too few to gain on this device (min_tokens is -1)"
-    elif nq < settings.min_tokens or nk < settings.min_tokens:
+    if nq < settings.min_tokens or nk < settings.min_tokens:
         return f"fewer than {settings.min_tokens} tokens (min_tokens)"
     if block is None and settings.counts and settings.told:
         return "outside the model's numbered blocks (a text refiner, for example)"
@@ -175,4 +171,15 @@ def _not_asked(settings: Settings, patch: Patch, options, block, q, k, heads, sk
         return f'this model does not tell its blocks, so blocks "{settings.selection.text}" cannot be applied'
     if not settings.selection.contains(*block):
         return f'block not in blocks "{settings.selection.text}"'
+    return None
+
+
+def _too_few(settings: Settings, backend: str, q, k, layout: str) -> str | None:
+    """Why quantising this call would cost more than it saves, where that was left to us."""
+    if settings.min_tokens >= 0:
+        return None
+    tokens = 2 if layout == "HND" else 1
+    least = break_even(backend, str(q.device), q.shape[-1])
+    if q.shape[tokens] < least or k.shape[tokens] < least:
+        return f"fewer than {least} tokens, too few to gain on this device (min_tokens is -1)"
     return None

@@ -16,7 +16,7 @@ import torch
 
 from . import cuda
 from .config import INTENTS, PV_MODES, AttentionConfig
-from .quantize import PV
+from .quantize import PV, padded_head_dim
 
 
 @dataclass(frozen=True)
@@ -196,24 +196,40 @@ def availability(device: torch.device | str | None = None) -> dict[str, str]:
     return {backend.name: backend.blocked(device) or "yes" for backend in TABLE}
 
 
-@torch.compiler.assume_constant_result
 def chosen(config: str, device: str, head_dim: int) -> Choice:
-    """`choose` for torch.compile: run once while tracing, its answer a constant of the graph."""
+    """`choose` for torch.compile: its answer is a constant of the graph.
+
+    A head_dim that torch.compile does not know is compared here, and becomes one of a few that it does.
+    """
+    return _chosen(config, device, padded_head_dim(head_dim))
+
+
+@torch.compiler.assume_constant_result
+def _chosen(config: str, device: str, head_dim: int) -> Choice:
     return choose(Request(AttentionConfig.decode(config), torch.device(device), head_dim))
 
 
-# The fewest tokens, of queries and of keys, from which whole calls were measured to be as fast as torch's own attention or faster
-# (docs/numbers.md): compute capability -> head_dim up to -> tokens. Between two lengths that were measured, the one that gains.
-BREAK_EVEN = {(9, 0): {64: 16384, 128: 4096}}
+# The fewest tokens, of queries and of keys, from which auto's whole calls were measured to be about as fast as torch's own
+# attention, or faster: backend and compute capability -> padded head_dim -> tokens. On an H200 (docs/numbers.md): of 4,096 to 4,608
+# tokens a call is at 0.94 to 1.03 times torch's speed, and a step of Flux.1 dev, whose calls are of 4,608, at 1.02.
+NEVER = 1 << 20  # not at any length that was measured
+BREAK_EVEN = {
+    ("cuda", (9, 0)): {64: 16384, 128: 4096},
+    ("triton", (9, 0)): {64: NEVER, 128: 32000},
+}
 NOT_MEASURED = 1024  # below it launches and quantisation cost more than any attention
 
 
+def break_even(backend: str, device: str, head_dim: int) -> int:
+    """The fewest tokens from which a backend's attention is worth it on a device."""
+    return _break_even(backend, device, padded_head_dim(head_dim))
+
+
 @torch.compiler.assume_constant_result
-def break_even(device: str, head_dim: int) -> int:
-    """The fewest tokens from which quantised attention is worth it on a device."""
+def _break_even(backend: str, device: str, head_dim: int) -> int:
     on = torch.device(device)
-    known = BREAK_EVEN.get(torch.cuda.get_device_capability(on), {}) if on.type == "cuda" else {}
-    return next((tokens for most, tokens in known.items() if head_dim <= most), NOT_MEASURED)
+    known = BREAK_EVEN.get((backend, torch.cuda.get_device_capability(on)), {}) if on.type == "cuda" else {}
+    return known.get(head_dim, NOT_MEASURED)
 
 
 @lru_cache(maxsize=512)

@@ -42,6 +42,11 @@ class Handler(BaseHTTPRequestHandler):
         if file.is_dir():
             file /= "index.html"
         bad = next((bad for end, bad in server.bad.items() if path.endswith(end)), None)
+        if bad == "locked":  # asks for a password
+            self.send_response(401)
+            self.send_header("WWW-Authenticate", 'Basic realm="index"')
+            self.send_header("Content-Length", "0")
+            return self.end_headers()
         if bad == "broken" or not file.is_file():
             return self.send_error(500 if bad else 404)
         content = file.read_bytes()

@@ -101,7 +101,9 @@ def fresh_python(request, tmp_path_factory):
         found = shutil.which("uv", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
         if not found:
             pytest.skip("uv is not installed: pip install uv")
-        path += os.pathsep + str(Path(found).parent)
+        alone = tmp_path_factory.mktemp("uv") / "uv"  # what lies beside it is not to be found
+        alone.symlink_to(found)
+        path += os.pathsep + str(alone.parent)
     return request.param, at / "bin" / "python", path
 
 

@@ -1,7 +1,9 @@
 """Dispatch: what is available, that explain tells the truth, and that no substitution and no "auto" costs accuracy."""
 
+import json
 import sys
 from dataclasses import fields, replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +17,7 @@ from sage_kernels.dispatch import Request, choose
 from sage_kernels.quantize import PV
 from sage_kernels.sources import source_hash
 
+RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 NAMES = ("cuda", "triton", "reference")
 GPU = torch.device("cuda", 0)  # only named here, never used
 
@@ -318,15 +321,36 @@ def test_hopper_chooses_by_head_dim(machine, head_dim, mode):
     assert (choice.backend, choice.mode) == ("cuda", mode)
 
 
+def test_break_even_is_as_measured(machine):
+    """In the newest result file auto loses little from there on, and gains little below."""
+    files = [json.loads(path.read_text(encoding="utf-8")) for path in RESULTS.glob("nvidia-h200-*.json")]
+    rows = [row for row in max(files, key=lambda content: content["date"])["rows"] if row["ms"] and not row.get("step")]
+    machine((9, 0), fake_binary())
+    seen = 0
+    for row in rows:
+        of_triton = row["backend"] == "triton" and row["mode"] == dispatch.TRITON_AUTO["auto"][0]
+        if not of_triton and "auto" not in row.get("intents", ()):
+            continue
+        (torchs,) = (x["ms"] for x in rows if x["mode"] == "cudnn bf16" and x["name"] == row["name"])
+        _, _, nq, nk, head_dim = row["shape"]
+        long_enough = min(nq, nk) >= dispatch.break_even(row["backend"], "cuda:0", head_dim)
+        ratio = torchs / row["ms"]
+        assert ratio >= 0.93 if long_enough else ratio <= 1.05, (row["backend"], row["shape"], ratio)
+        seen += 1
+    assert seen > 15
+
+
 @pytest.mark.parametrize(
-    "capability, head_dim, tokens",
-    [((9, 0), 40, 16384), ((9, 0), 64, 16384), ((9, 0), 96, 4096), ((9, 0), 256, 1024), ((8, 9), 64, 1024)],
-)
-def test_break_even(machine, capability, head_dim, tokens):
-    """As measured, and where nothing was, what saves nobody anything."""
+    "backend, capability, head_dim, tokens",
+    [
+        ("cuda", (9, 0), 40, 16384), ("cuda", (9, 0), 96, 4096), ("triton", (9, 0), 128, 32000),
+        ("cuda", (9, 0), 256, 1024), ("cuda", (8, 9), 64, 1024),
+    ],
+)  # fmt: skip
+def test_break_even(machine, backend, capability, head_dim, tokens):
     machine(capability, fake_binary())
-    assert dispatch.break_even("cuda:0", head_dim) == tokens
-    assert dispatch.break_even("cpu", head_dim) == 1024
+    assert dispatch.break_even(backend, "cuda:0", head_dim) == tokens
+    assert dispatch.break_even(backend, "cpu", head_dim) == 1024
 
 
 @pytest.mark.parametrize("mode", PV_MODES)

@@ -221,6 +221,7 @@ def start(tmp_path, csrc, nvcc):
         process = subprocess.Popen(
             [*by, sys.executable, stand_in.__file__, tmp_path, *options],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a shell's background job ignores
         )  # fmt: skip
         started.append(process)
         return process

@@ -57,6 +57,20 @@ def test_torch_comes_first(installed, monkeypatch, tmp_path):
     assert list(nvrtc.candidates()) == [torch, package, toolkit]
 
 
+def test_a_folder_that_may_not_be_read_is_passed_over(installed, monkeypatch, tmp_path):
+    torch = installed("torch/lib/libnvrtc.so.13", (13, 0))
+
+    def folders():
+        yield SimpleNamespace(glob=refuse)
+        yield tmp_path / "torch" / "lib"
+
+    def refuse(pattern):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(nvrtc, "_folders", folders)
+    assert list(nvrtc.candidates()) == [torch]
+
+
 def test_an_nvrtc_that_does_not_fit_is_passed_over(installed):
     with pytest.raises(build.NothingToBuild, match=r"NVRTC was not found.*pip install nvidia-cuda-nvrtc==13\.\*"):
         nvrtc.find(["9.0"], (13, 0))

@@ -81,7 +81,7 @@ def pack(monkeypatch, tmp_path, csrc):
         return archive
 
     monkeypatch.setattr(nvrtc, "compile_all", compile_all)
-    monkeypatch.setattr(nvrtc, "verify", lambda archive: None)
+    monkeypatch.setattr(nvrtc, "verify", lambda archive, say: None)
     target = tmp_path / "package" / "_C.cubins"
     return target, asked
 
@@ -101,7 +101,7 @@ def test_cubins_that_do_not_load_are_not_put_there(pack, monkeypatch, capsys):
     target, asked = pack
     target.write_text("old")
 
-    def verify(archive):
+    def verify(archive, say):
         raise BuildError(f"{archive} was built and is of no use: loading 8.9-stats failed")
 
     monkeypatch.setattr(nvrtc, "verify", verify)
@@ -124,6 +124,24 @@ def test_nvrtc_where_pypi_cannot_be_reached(pack, monkeypatch, capsys):
     monkeypatch.setattr(install.pypi, "fetch_tools", fetch_tools)
     assert install.main([]) == 0 and len(asked) == 1 and target.read_text() == "cubins"
     assert "with the NVRTC of CUDA 13.0" in (said := capsys.readouterr().out) and "PyPI cannot be reached" in said
+
+
+def test_nvrtc_where_a_build_fails(pack, monkeypatch, capsys):
+    """As a C++ compiler that nvcc refuses makes it fail. Where the build was asked for, or there is no NVRTC, that is a failure."""
+    target, asked = pack
+    at = target.parents[1]
+
+    def build(*args, **options):
+        raise BuildError("the build failed: error: unsupported GNU version!")
+
+    monkeypatch.setattr(install, "build_binary", build)
+    pretend(monkeypatch.setattr, at, host="/g++", missing=(), nvrtc=NVRTC)
+    assert install.main([]) == 0 and len(asked) == 1 and target.read_text() == "cubins"
+    assert "with the NVRTC of CUDA 13.0" in (said := capsys.readouterr().out) and "unsupported GNU version" in said
+    target.unlink()
+    assert install.main(["--archs", "8.9"]) == 1 and len(asked) == 1 and not target.exists()
+    pretend(monkeypatch.setattr, at, host="/g++", missing=(), nvrtc=None)
+    assert install.main([]) == 1 and "unsupported GNU version" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("others", (["--nvcc", "/cuda/bin/nvcc"], ["--build-wheel"]))

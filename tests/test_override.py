@@ -285,13 +285,13 @@ def test_min_tokens(nq, nk):
 @pytest.mark.parametrize("skip_reshape", [False, True])
 def test_min_tokens_that_the_card_decides(monkeypatch, skip_reshape):
     asked = []
-    monkeypatch.setattr("nodes.override.break_even", lambda device, head_dim: asked.append((device, head_dim)) or 48)
+    monkeypatch.setattr("nodes.override.break_even", lambda *asks: asked.append(asks) or 48)
     run, patch = make(min_tokens=-1)
     reason = "fewer than 48 tokens, too few to gain on this device (min_tokens is -1)"
     check_passed(run, patch, reason, *tensors(47, 60, skip_reshape=skip_reshape), skip_reshape=skip_reshape)
     core.calls = 0
     check_taken(*make(min_tokens=-1), *tensors(48, 48, skip_reshape=skip_reshape), skip_reshape=skip_reshape)
-    assert set(asked) == {("cpu", DIM)}
+    assert set(asked) == {("reference", "cpu", DIM)}
 
 
 def block(kind, index, total):
@@ -597,6 +597,25 @@ def test_compiled_steps_do_not_recompile():
         assert patch.compiled
     assert len(graphs) == 2
     assert sum("sage_kernels" in str(node.target) for graph in graphs for node in graph.graph.nodes) == 1
+
+
+@pytest.mark.parametrize("min_tokens", [-1, 0])
+def test_compiled_with_sizes_that_are_not_known(min_tokens):
+    """Tokens and head_dim are symbols: no graph is broken, and another number of tokens makes no new one."""
+    run, _ = make(min_tokens=min_tokens)
+    graphs = []
+
+    def backend(graph, _inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: run(plain, x, x, x, HEADS), backend=backend, dynamic=True, fullgraph=True)
+    for nq, dim, count in ((1100, 32, 1), (1200, 32, 1), (1300, 40, 2)):
+        x = tensors(nq, nq, batch=1, dim=dim)[0]
+        assert torch.allclose(compiled(x), run(plain, x, x, x, HEADS), atol=1e-5)
+        assert len(graphs) <= count
+        assert sum("sage_kernels" in str(node.target) for node in graphs[-1].graph.nodes) == 1
 
 
 # Around the model

@@ -129,6 +129,7 @@ def test_tools_come(index, fresh_python, tmp_path):
         ),
         ("lies", "BuildError: .*cannot be had from PyPI"),
         ("broken", "NothingToBuild: .*cannot be had from PyPI: .*500"),
+        ("locked", "NothingToBuild: .*cannot be had from PyPI: "),
     ],
 )
 def test_packages_that_do_not_come(index, fresh_python, tmp_path, monkeypatch, bad, words):
