@@ -95,7 +95,7 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct WgmmaAttention {
     __device__ static void multiply_qk(typename Soft::Scores& s, uint64_t q, uint64_t k) {
 #pragma unroll
         for (int step = 0; step < DIM / 32; ++step)
-            wgmma::mma_s8(flat(s[0]), q + step * wgmma::STEP, k + step * wgmma::STEP, true);
+            wgmma::mma_s8(flat(s[0]), q + step * wgmma::STEP, k + step * wgmma::STEP);
         wgmma::commit();
     }
 

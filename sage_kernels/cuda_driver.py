@@ -1,4 +1,7 @@
-"""The CUDA driver's own API, as far as cubins.py needs it: devices, code that is loaded, launches. By ctypes, without torch."""
+"""The CUDA driver's own API, as far as cubins.py needs it: devices, code that is loaded, launches. By ctypes, without torch.
+
+csrc/driver.py asks the same library, for install.py: whether it works at all, and in words.
+"""
 
 from __future__ import annotations
 

@@ -1,93 +1,29 @@
-"""The attention override without a ComfyUI: every argument of the hook, errors, containers and torch.compile."""
+"""The attention override without a ComfyUI: every argument of the hook, errors, and torch.compile."""
 
 import copy
 import logging
 import math
-import sys
-import types
 
 import pytest
 import torch
-import torch.nn.functional as F
+from override_calls import (
+    DIM,
+    HEADS,
+    TOLERANCE,
+    check_passed,
+    check_taken,
+    core,
+    count_core,  # noqa: F401 (a fixture of every test)
+    failing,
+    make,
+    plain,
+    relative_l2,
+    tensors,
+)
 
-import nodes.override as override_module
-from nodes.blocks import parse
 from nodes.errors import poisons_context
-from nodes.kernels import AttentionConfig
-from nodes.override import Settings, make_override
-from nodes.report import Report, publish, ranges
-from nodes.sampling import Patch, inside, install, step_index
-
-HEADS, DIM = 4, 64
-TOLERANCE = 0.03  # relative L2 of one call on random input: INT8 Q·K, per-thread scales
-
-
-def core(q, k, v, heads, mask=None, attn_precision=None, skip_reshape=False, skip_output_reshape=False, **kwargs):
-    """What ComfyUI's attention means by its arguments, in float64."""
-    core.calls += 1
-    dim = q.shape[-1] if skip_reshape else q.shape[-1] // heads
-    if not skip_reshape:
-        q, k, v = (t.view(t.shape[0], t.shape[1], t.shape[-1] // dim, dim).transpose(1, 2) for t in (q, k, v))
-    if mask is not None:
-        mask = mask[None, None] if mask.ndim == 2 else mask[:, None] if mask.ndim == 3 else mask
-        mask = mask if mask.dtype == torch.bool else mask.double()
-    extra = {name: kwargs[name] for name in ("scale", "enable_gqa") if name in kwargs}
-    out = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), attn_mask=mask, **extra).to(q.dtype)
-    return out if skip_output_reshape else out.transpose(1, 2).flatten(2)
-
-
-def plain(q, k, v, heads, **_):
-    """Attention without options, as torch.compile can trace it."""
-    q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-
-
-@pytest.fixture(autouse=True)
-def count_core():
-    core.calls = 0
-
-
-def make(previous=None, patch=None, **changes):
-    """An override and the patch whose report it counts in."""
-    patch = patch or Patch()
-    given = {"attention": "both", "min_tokens": 0, "blocks": "all", "counts": {}, **changes}
-    config = AttentionConfig(strict=False, backend="reference")  # whatever this machine has
-    settings = Settings(config, parse(given["blocks"]), given["counts"], given["attention"], given["min_tokens"])
-    return make_override(settings, patch, previous), patch
-
-
-def tensors(
-    nq=48, nk=48, batch=2, heads=HEADS, kv_heads=None, dim=DIM, skip_reshape=False, dtype=torch.float32, seed=0
-):
-    generator = torch.Generator().manual_seed(seed)
-    shapes = [(nq, heads)] + [(nk, kv_heads or heads)] * 2
-    made = [torch.randn(batch, h, n, dim, generator=generator).to(dtype) for n, h in shapes]
-    return made if skip_reshape else [t.transpose(1, 2).flatten(2) for t in made]
-
-
-def relative_l2(value, reference):
-    return ((value.double() - reference.double()).norm() / reference.double().norm()).item()
-
-
-def check_taken(run, patch, *qkv, **kwargs):
-    """The call is taken, close to the exact result, and in the layout that ComfyUI expects."""
-    before = [t.clone() for t in qkv]
-    out = run(core, *qkv, HEADS, **kwargs)
-    assert core.calls == 0 and not patch.report.passed and patch.report.as_dict()["calls"] == 1
-    exact = core(*qkv, HEADS, **{name: value for name, value in kwargs.items() if name != "transformer_options"})
-    assert out.shape == exact.shape and out.dtype == exact.dtype
-    error = relative_l2(out, exact)
-    assert 0 < error < TOLERANCE
-    assert all(t.equal(b) for t, b in zip(qkv, before)), "the caller's tensors were written"
-    return out
-
-
-def check_passed(run, patch, reason, *qkv, **kwargs):
-    """The call is passed on with this reason, to func, with every argument."""
-    out = run(core, *qkv, HEADS, **kwargs)
-    assert core.calls == 1 and not patch.report.taken
-    assert dict(patch.report.passed) == {reason: 1}
-    assert out.equal(core(*qkv, HEADS, **kwargs))
+from nodes.report import Report
+from nodes.sampling import Patch
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -349,18 +285,6 @@ def test_deep_copies_share_the_patch():
 # Errors
 
 
-def failing(monkeypatch, error):
-    """Make the kernels raise, on any call."""
-    calls = []
-
-    def attention_consuming(qkv, **_):
-        calls.append(len(qkv))
-        raise error
-
-    monkeypatch.setattr(override_module, "attention_consuming", attention_consuming)
-    return calls
-
-
 def test_a_kernel_error_is_shown_and_the_call_served(monkeypatch, caplog):
     calls = failing(monkeypatch, RuntimeError("shared memory: 240 KB wanted\nmore text"))
     run, patch = make()
@@ -426,147 +350,6 @@ def test_poisons_context(text, poisons):
     assert poisons_context(RuntimeError(text)) is poisons
 
 
-def test_a_kernel_error_inside_a_compiled_graph(wrappers, monkeypatch, caplog):
-    """The model call runs again without the patch, which stays off for the rest of the run."""
-    from sage_kernels import ops
-
-    def broken(*_):
-        raise RuntimeError("broken")
-
-    patch = Patch()
-    run, _ = make(patch=patch)
-    wrapper = wrappers(patch)["apply_model"]
-    torch._dynamo.reset()
-    compiled = torch.compile(lambda q, o: run(plain, q, q, q, HEADS, transformer_options=o), backend="eager")
-
-    def model(*args):
-        return compiled(args[0], args[5])
-
-    monkeypatch.setattr(ops, "run", broken)
-    q = tensors()[0]
-    for _ in range(2):
-        assert torch.allclose(wrapper(Executor(model), q, 0, None, None, None, {}), plain(q, q, q, HEADS), atol=1e-5)
-    sentence = "attention inside the compiled model failed: RuntimeError: broken"
-    assert patch.report.errors == [sentence] and sentence in caplog.text
-    assert (patch.report.model_calls, patch.report.model_calls_on) == (2, 1)
-
-
-def test_another_error_in_a_compiled_model_is_not_ours(wrappers):
-    patch = Patch()
-
-    def model(*args):
-        raise RuntimeError("the model's own")
-
-    with pytest.raises(RuntimeError, match="the model's own"):
-        wrappers(patch)["apply_model"](Executor(model), 1, 2, 3, 4, 5, {})
-    assert not patch.report.errors
-
-
-# Containers (newer ComfyUI)
-
-
-class Container:
-    """ComfyUI's single-owner tensor container."""
-
-    def __init__(self, tensor):
-        self.tensor = tensor
-
-    def peek(self):
-        assert self.tensor is not None, "consumed twice"
-        return self.tensor
-
-    def take(self):
-        tensor, self.tensor = self.peek(), None
-        return tensor
-
-
-@pytest.fixture
-def newer_comfyui(monkeypatch):
-    """A ComfyUI with containers: its attention takes what containers it is handed."""
-
-    def optimized_attention(q, k, v, heads, **kwargs):
-        assert kwargs.pop("_inside_attn_wrapper")
-        q, k, v = (t.take() if isinstance(t, Container) else t for t in (q, k, v))
-        return core(q, k, v, heads, **kwargs)
-
-    module = types.ModuleType("comfy.ldm.modules.attention")
-    module.AttentionTensorContainer, module.optimized_attention = Container, optimized_attention
-    monkeypatch.setitem(sys.modules, "comfy.ldm.modules.attention", module)
-
-
-def call_containers(run, qkv, **kwargs):
-    containers = [Container(t.clone()) for t in qkv]
-    out = run.container_function(*containers, HEADS, _inside_attn_wrapper=True, **kwargs)
-    assert all(container.tensor is None for container in containers)
-    return out
-
-
-def test_no_container_function_where_there_are_no_containers():
-    assert not hasattr(make()[0], "container_function")
-
-
-@pytest.mark.parametrize("skip_reshape", [False, True])
-@pytest.mark.parametrize("skip_output_reshape", [False, True])
-def test_containers_are_served(newer_comfyui, skip_reshape, skip_output_reshape):
-    run, patch = make()
-    qkv = tensors(skip_reshape=skip_reshape)
-    layout = {"skip_reshape": skip_reshape, "skip_output_reshape": skip_output_reshape}
-    out = call_containers(run, qkv, **layout)
-    assert core.calls == 0 and patch.report.as_dict()["taken"][0]["calls"] == 1
-    assert out.equal(run(core, *qkv, HEADS, **layout))
-
-
-def test_containers_free_their_tensors_once_quantised(newer_comfyui, monkeypatch):
-    import weakref
-
-    run, _ = make()
-    containers = [Container(t) for t in tensors()]
-    alive = [weakref.ref(container.tensor) for container in containers]
-    real = override_module.attention_consuming
-
-    def attention_consuming(qkv, **kwargs):
-        held = [t.clone() for t in qkv]
-        qkv.clear()
-        assert [ref() for ref in alive] == [None] * 3, "somebody still holds q, k or v"
-        return real(held, **kwargs)
-
-    monkeypatch.setattr(override_module, "attention_consuming", attention_consuming)
-    run.container_function(*containers, HEADS, _inside_attn_wrapper=True)
-
-
-def test_containers_are_passed_on(newer_comfyui):
-    qkv = tensors()
-    run, patch = make(attention="cross")
-    assert call_containers(run, qkv).equal(core(*qkv, HEADS))
-
-    def previous(func, q, k, v, heads, **kwargs):
-        return -func(q, k, v, heads, **kwargs)
-
-    run, patch = make(previous, attention="cross")
-    assert call_containers(run, qkv).equal(-core(*qkv, HEADS))
-    previous.container_function = lambda q, k, v, heads, **kwargs: [t.take() for t in (q, k, v)][0]
-    assert call_containers(run, qkv).equal(qkv[0])
-    assert sum(patch.report.passed.values()) == 2
-
-
-@pytest.mark.parametrize("skip_reshape", [False, True])
-def test_a_kernel_error_with_containers(newer_comfyui, monkeypatch, skip_reshape):
-    qkv = tensors(skip_reshape=skip_reshape)
-    failing(monkeypatch, RuntimeError("broken"))
-    run, patch = make()
-    assert call_containers(run, qkv, skip_reshape=skip_reshape).equal(core(*qkv, HEADS, skip_reshape=skip_reshape))
-    assert len(patch.report.errors) == 1
-
-    def too_late(qkv, **_):
-        qkv.clear()
-        raise RuntimeError("broken")
-
-    monkeypatch.setattr(override_module, "attention_consuming", too_late)
-    run, patch = make()
-    with pytest.raises(RuntimeError, match="after q, k and v had been freed"):
-        call_containers(run, qkv, skip_reshape=skip_reshape)
-
-
 # torch.compile
 
 
@@ -616,124 +399,3 @@ def test_compiled_with_sizes_that_are_not_known(min_tokens):
         assert torch.allclose(compiled(x), run(plain, x, x, x, HEADS), atol=1e-5)
         assert len(graphs) <= count
         assert sum("sage_kernels" in str(node.target) for node in graphs[-1].graph.nodes) == 1
-
-
-# Around the model
-
-
-class ModelSampling:
-    def percent_to_sigma(self, percent):
-        return 1 - percent
-
-
-@pytest.mark.parametrize(
-    "sigma, start, end, expected",
-    [
-        (1.0, 0, 1, True), (0.0, 0, 1, True), (1e9, 0, 0.5, True), (None, 0, 1, True), (None, 0, 0.5, False),
-        (0.8, 0.3, 0.6, False), (0.7, 0.3, 0.6, True), (0.7000001, 0.3, 0.6, True), (0.4, 0.3, 0.6, True),
-        (0.3, 0.3, 0.6, False), (0.5, 0.5, 0.5, True),
-    ],
-)  # fmt: skip
-def test_inside(sigma, start, end, expected):
-    assert inside(sigma, start, end, ModelSampling()) is expected
-
-
-def test_step_index():
-    sigmas = torch.tensor([1.0, 0.75, 0.5, 0.25, 0.0])
-    assert [step_index(s, sigmas) for s in (1.0, 0.750002, 0.6, 0.25, 0.1, 2.0)] == [0, 1, 1, 3, 3, 0]
-    assert step_index(None, sigmas) is None and step_index(0.5, None) is None
-
-
-class Executor:
-    """ComfyUI's WrapperExecutor as a wrapper sees it."""
-
-    class_obj = types.SimpleNamespace(model_sampling=ModelSampling())
-
-    def __init__(self, function):
-        self.function = function
-
-    def __call__(self, *args, **kwargs):
-        return self.function(*args, **kwargs)
-
-
-@pytest.fixture
-def wrappers(monkeypatch):
-    """install() on a patch: {"outer_sample": wrapper, "apply_model": wrapper}."""
-    module = types.ModuleType("comfy.patcher_extension")
-    module.WrappersMP = types.SimpleNamespace(OUTER_SAMPLE="outer_sample", APPLY_MODEL="apply_model")
-    monkeypatch.setitem(sys.modules, "comfy", types.ModuleType("comfy"))
-    monkeypatch.setitem(sys.modules, "comfy.patcher_extension", module)
-
-    def made(patch):
-        found = {}
-        install(
-            types.SimpleNamespace(add_wrapper_with_key=lambda kind, key, wrapper: found.update({kind: wrapper})), patch
-        )
-        return found
-
-    return made
-
-
-def test_a_model_call_gets_the_window_without_its_options_being_written(wrappers):
-    patch = Patch(start_percent=0.5)
-    call = wrappers(patch)["apply_model"]
-    for by_keyword in (False, True):
-        for sigma, on in ((0.9, False), (0.4, True)):
-            options = {"sigmas": torch.tensor([sigma]), "sample_sigmas": torch.tensor([1.0, 0.9, 0.4, 0.0])}
-            given = dict(options)
-            model = Executor(lambda *args, transformer_options=None: transformer_options or args[5])
-            if by_keyword:
-                seen = call(model, 1, 2, transformer_options=given)
-            else:
-                seen = call(model, 1, 2, None, None, None, given)
-            assert seen[patch.key] is on and given.keys() == options.keys()
-            assert patch.report.step == (2 if on else 1)
-    assert (patch.report.model_calls, patch.report.model_calls_on) == (4, 2)
-
-
-def test_a_model_call_without_options_goes_through(wrappers):
-    call = wrappers(Patch())["apply_model"]
-    assert call(Executor(lambda *args, **kwargs: (args, kwargs)), 1, 2) == ((1, 2), {})
-
-
-def test_a_run_is_reported_even_when_it_fails(wrappers, caplog):
-    patch = Patch(node_id="7", notes=("a note",))
-    run, _ = make(patch=patch)
-
-    def sample():
-        run(core, *tensors(), HEADS)
-        raise ValueError("out of luck")
-
-    with caplog.at_level(logging.INFO), pytest.raises(ValueError, match="out of luck"):
-        wrappers(patch)["outer_sample"](Executor(sample))
-    assert caplog.messages == ["Sage Attention: 1 call by reference fp16/fp32; a note"]
-
-
-@pytest.mark.parametrize("compiled, said", [(True, "5 of 8 model calls ran with the patch on"), (False, "replaced")])
-def test_a_run_without_counted_calls_says_why(wrappers, compiled, said):
-    patch = Patch()
-
-    def sample():
-        patch.report.model_calls, patch.report.model_calls_on, patch.compiled = 8, 5, compiled
-
-    wrappers(patch)["outer_sample"](Executor(sample))
-    (note,) = patch.report.notes
-    assert said in note and said in patch.report.line()
-
-
-def test_a_report_that_cannot_be_shown_costs_nothing(monkeypatch, caplog):
-    class PromptServer:
-        class instance:
-            @staticmethod
-            def send_progress_text(text):  # another signature than today's
-                raise AssertionError("not reached")
-
-    monkeypatch.setitem(sys.modules, "server", types.SimpleNamespace(PromptServer=PromptServer))
-    with caplog.at_level(logging.WARNING):
-        publish(Report("1"))
-    assert "cannot be shown" in caplog.text
-
-
-def test_ranges():
-    assert ranges({0, 1, 2, 5, 7, 8}) == "0-2, 5, 7-8"
-    assert ranges([]) == ""

@@ -57,9 +57,9 @@ template <int ROW_BYTES> __device__ __forceinline__ uint64_t descriptor(uint32_t
 #define SAGE_WGMMA_64(as, instruction, scales) SAGE_WGMMA(64, as, instruction, scales, 64, 65, 66, 67, 68, 69)
 
 // int8 x int8, 32 deep, 128 columns; both in shared memory.
-__device__ __forceinline__ void mma_s8(int32_t (&d)[64], uint64_t a, uint64_t b, bool add) {
-    asm volatile("{\n.reg .pred adds;\nsetp.ne.b32 adds, %66, 0;\nwgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 {" SAGE_NAMES_64
-                 "}, %64, %65, adds;\n}" : SAGE_REGISTERS_64("+r") : "l"(a), "l"(b), "r"(int(add)));
+__device__ __forceinline__ void mma_s8(int32_t (&d)[64], uint64_t a, uint64_t b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 {" SAGE_NAMES_64 "}, %64, %65, 1;"
+                 : SAGE_REGISTERS_64("+r") : "l"(a), "l"(b));
 }
 
 // uint8 x int8, 32 deep.
