@@ -117,20 +117,20 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct Attention {
     // --- softmax ----------------------------------------------------------------------------------------------------------------------
 
     // The rows' maxima after a tile, and what earlier sums and P must be multiplied with. base: what P's exponents are taken from.
-    __device__ static void raise(Turn (&turn)[M], float (&base)[M][2], Rows& rows, const Scores& s, const float (&k_scale)[GROUPS]) {
+    __device__ static void raise(Turn (&turn)[M], float (&base)[M][2], Rows& rows, const Scores& s, const typename Soft::Scales& scale) {
         float tops[M][2];
-        Soft::find_tops(tops, rows, s, k_scale);
+        Soft::find_tops(tops, s, scale);
 #pragma unroll
         for (int m = 0; m < M; ++m) {
             turn[m].moved = false;
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
-                const float old_top = rows.top[m][r], new_top = fmaxf(old_top, tops[m][r]);
-                const float safe_top = new_top == -INFINITY ? 0.0f : new_top;  // nothing seen yet
-                turn[m].shrink[r] = ptx::exp2(old_top - safe_top);
-                turn[m].grow[r] = Pv::P_AT_TILE ? ptx::exp2(tops[m][r] - safe_top) : 1.0f;
+                const float top = fmaxf(Soft::quad_max(tops[m][r]), Soft::NOTHING);
+                const float old_top = rows.top[m][r], new_top = fmaxf(old_top, top);
+                turn[m].shrink[r] = ptx::exp2(old_top - new_top);
+                turn[m].grow[r] = Pv::P_AT_TILE ? ptx::exp2(top - new_top) : 1.0f;
                 turn[m].moved |= new_top != old_top;
-                base[m][r] = !Pv::P_AT_TILE ? safe_top : tops[m][r] == -INFINITY ? 0.0f : tops[m][r];
+                base[m][r] = Pv::P_AT_TILE ? top : new_top;
                 rows.top[m][r] = new_top;
                 rows.total[m][r] *= turn[m].shrink[r];
             }
@@ -244,11 +244,13 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct Attention {
             load_k_scale(tile + 1 < at.tile_end);
             Scores s;
             multiply_qk(s, held, q_shared, own + which * K_BYTES, k_first);
-            if (MASKED || tile >= at.whole_end) Soft::hide(s, at, rows, k_scale, tile * KEYS, call.is_causal);
+            typename Soft::Scales scale;
+            Soft::template scales<true>(scale, rows, k_scale);
+            if (MASKED || tile >= at.whole_end) Soft::hide(s, at, scale, tile * KEYS, call.is_causal);
             Turn turn[M];
             float base[M][2];
-            raise(turn, base, rows, s, k_scale);
-            const typename Soft::Exponent exponent = Soft::exponent(s, rows, base, k_scale, call.p_max_log2, Soft::large(rows, k_scale));
+            raise(turn, base, rows, s, scale);
+            const typename Soft::Exponent exponent = Soft::exponent(s, base, scale, call.p_max_log2, Soft::large(scale));
             // Here V of this tile and K of the next have landed, and all are done with K of this one and V of the one before.
             copies.land(which ^ 1);
             __syncthreads();

@@ -15,7 +15,7 @@ namespace sage {
 // What the copies bring: at turn t K of tile t and V of tile t - 1, to stages that go round.
 template <int K_BYTES, int V_BYTES> struct Stages {
     static constexpr int COUNT = 3;
-    static constexpr int BYTES = COUNT * (K_BYTES + V_BYTES), BARRIER_BYTES = (3 * COUNT * 8 + 15) / 16 * 16;
+    static constexpr int BYTES = COUNT * (K_BYTES + V_BYTES), BARRIER_BYTES = ((3 * COUNT + 1) * 8 + 15) / 16 * 16;
     uint32_t shared;  // K's stages, then V's, then the barriers
 
     __device__ uint32_t k(int stage) const { return shared + stage * K_BYTES; }
@@ -24,27 +24,34 @@ template <int K_BYTES, int V_BYTES> struct Stages {
     __device__ uint32_t k_free(int stage) const { return full(COUNT + stage); }
     __device__ uint32_t v_free(int stage) const { return full(2 * COUNT + stage); }
 
-    __device__ void init(int consumers) const {
+    __device__ uint32_t finish_ready() const { return full(3 * COUNT); }
+
+    __device__ void init(int consumers, int helpers) const {
+        ptx::init_barrier(finish_ready(), helpers);
         for (int stage = 0; stage < COUNT; ++stage) {
             ptx::init_barrier(full(stage), 1);
             ptx::init_barrier(k_free(stage), consumers);
             ptx::init_barrier(v_free(stage), consumers);
         }
     }
-    // For one thread: all turns.
+    // For one thread: the first turn, which brings Q as well.
+    __device__ void begin(uint32_t q, const int8_t* q_from, int q_bytes, const int8_t* k_from) const {
+        ptx::expect_bytes(full(0), q_bytes + K_BYTES);
+        ptx::copy_bulk(q, q_from, q_bytes, full(0));
+        ptx::copy_bulk(k(0), k_from, K_BYTES, full(0));
+    }
+    // For the same thread: all others.
     __device__ void fill(const int8_t* k_from, const uint8_t* v_from, int tiles) const {
-        int k_stage = 0, v_stage = 0, k_phase = 1, v_phase = 1;  // phases of the barriers that say a stage is free: at first it is
-        for (int turn = 0; turn <= tiles; ++turn) {
-            const bool with_k = turn < tiles, with_v = turn > 0;
+        int k_stage = 1, v_stage = 0, k_phase = 1, v_phase = 1;  // phases of the barriers that say a stage is free: at first it is
+        for (int turn = 1; turn <= tiles; ++turn) {
+            const bool with_k = turn < tiles;
             // The last turn as well, which brings no K: what came to this barrier before has been waited for then.
             ptx::sleep_on_barrier(k_free(k_stage), k_phase);
-            if (with_v) ptx::sleep_on_barrier(v_free(v_stage), v_phase);
-            ptx::expect_bytes(full(k_stage), (with_k ? K_BYTES : 0) + (with_v ? V_BYTES : 0));
+            ptx::sleep_on_barrier(v_free(v_stage), v_phase);
+            ptx::expect_bytes(full(k_stage), (with_k ? K_BYTES : 0) + V_BYTES);
             if (with_k) ptx::copy_bulk(k(k_stage), k_from + int64_t(turn) * K_BYTES, K_BYTES, full(k_stage));
-            if (with_v) {
-                ptx::copy_bulk(v(v_stage), v_from + int64_t(turn - 1) * V_BYTES, V_BYTES, full(k_stage));
-                if (++v_stage == COUNT) v_stage = 0, v_phase ^= 1;
-            }
+            ptx::copy_bulk(v(v_stage), v_from + int64_t(turn - 1) * V_BYTES, V_BYTES, full(k_stage));
+            if (++v_stage == COUNT) v_stage = 0, v_phase ^= 1;
             if (++k_stage == COUNT) k_stage = 0, k_phase ^= 1;
         }
     }
@@ -57,8 +64,9 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct WgmmaAttention {
     static constexpr int K_BYTES = KEYS * DIM, V_BYTES = KEYS * V_DIM * v_bytes(MODE), Q_BYTES = ROWS * DIM;
     using Tiles = Stages<K_BYTES, V_BYTES>;
     static constexpr int ALIGNMENT = 1024;  // of swizzled rows
-    static constexpr int FINISH_BYTES = V_DIM * 8;  // of a warpgroup: two floats a channel
-    static constexpr int SHARED_BYTES = ALIGNMENT + Q_BYTES + Tiles::BYTES + Tiles::BARRIER_BYTES + WARPGROUPS * FINISH_BYTES;
+    static constexpr int FINISH_BYTES = 2 * V_DIM * 4 + 16;
+    static constexpr int SHARED_BYTES = ALIGNMENT + Q_BYTES + Tiles::BYTES + Tiles::BARRIER_BYTES + FINISH_BYTES;
+    static constexpr int HELPERS = 96;  // threads: all of the first warpgroup whose warps do not copy
     static constexpr int REGISTERS = 240, COPY_REGISTERS = 24;  // of a thread: 2 * 128 * 240 + 128 * 24 are all there are
 
     using Soft = Softmax<MODE, 1, KEYS, V_DIM, MASKED, 2>;
@@ -76,9 +84,12 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct WgmmaAttention {
         typename Soft::Rows rows;
         typename Soft::Scores s;
         Part part;            // this tile's sums of P V, unless they are added in place
-        float base[1][2];     // what P's exponents are taken from
+        float tops[1][2];     // this thread's largest scores
+        float base[1][2];     // the rows' largest, which P's exponents are taken from
         float grow[2];        // 2^(base - reference), of the sums in `part`
-        float k_scale[GROUPS];
+        typename Soft::Scales scale;  // of s
+        float k_scale[GROUPS];        // of the next tile
+        int stage, next, phase;       // where the tile's V is and the next one's K; the phase of that one's barrier
     };
 
     template <class T, int A, int B> __device__ static T (&flat(T (&x)[A][B]))[A * B] { return reinterpret_cast<T(&)[A * B]>(x); }
@@ -132,9 +143,6 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct WgmmaAttention {
         }
     }
 
-    // A row that has seen nothing has a maximum of -inf, from which nothing can be subtracted.
-    __device__ static float finite(float top) { return top == -INFINITY ? 0.0f : top; }
-
     // Moves the reference up to `base` where that is too far above.
     __device__ static void rescale(State& state) {
         typename Soft::Rows& rows = state.rows;
@@ -142,7 +150,7 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct WgmmaAttention {
         if (!__any_sync(0xFFFFFFFFu, moved)) return;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            const float top = fmaxf(rows.top[0][r], state.base[0][r]), shrink = ptx::exp2(rows.top[0][r] - finite(top));
+            const float top = fmaxf(rows.top[0][r], state.base[0][r]), shrink = ptx::exp2(rows.top[0][r] - top);
             rows.top[0][r] = top;
             rows.total[0][r] *= shrink;
 #pragma unroll
@@ -150,105 +158,179 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct WgmmaAttention {
         }
     }
 
-    // From the scores of a tile, which have just arrived, to what weigh() takes its exponents from.
-    __device__ static void find_base(State& state, const typename Soft::Place& at, int tile, bool causal) {
-        if (MASKED || tile >= at.whole_end) Soft::hide(state.s, at, state.rows, state.k_scale, tile * KEYS, causal);
-        float tops[1][2];
-        Soft::find_tops(tops, state.rows, state.s, state.k_scale);
+    // What does not change from tile to tile.
+    struct Work {
+        const Call& call;
+        const typename Soft::Place& at;
+        const Tiles& tiles;
+        uint64_t q_rows, k_rows, v_rows;  // descriptors: of Q, and of the first stages
+        const float* k_scales;            // of this thread's keys
+        bool leads;                       // this thread speaks for its warpgroup
+        bool large;                       // some scores may count much (Softmax::exponent)
+    };
+
+    __device__ static void load_k_scale(State& state, const Work& work, int tile) {
+        const float* from = work.k_scales + min(tile, work.at.tile_end - 1) * (GROUPS * work.call.k_sub);
 #pragma unroll
-        for (int r = 0; r < 2; ++r) state.base[0][r] = Pv::P_AT_TILE ? tops[0][r] : fmaxf(tops[0][r], state.rows.top[0][r]);
+        for (int g = 0; g < GROUPS; ++g) state.k_scale[g] = from[g * work.call.k_sub];
     }
 
-    __device__ static void consume(const Call& call, const typename Soft::Place& at, const KCodes& k, const QCodes& q, const Tiles& tiles,
-                                   uint32_t q_shared, State& state) {
+    // The scores of a tile have arrived: this thread's largest. CAREFUL here and below: not all keys may be seen, or scores are large.
+    template <bool CAREFUL> __device__ static void find_tops(State& state, const Work& work, int tile) {
+        Soft::template scales<CAREFUL>(state.scale, state.rows, state.k_scale);
+        if (CAREFUL && (MASKED || tile >= work.at.whole_end))
+            Soft::hide(state.s, work.at, state.scale, tile * KEYS, work.call.is_causal);
+        Soft::find_tops(state.tops, state.s, state.scale);
+        if (CAREFUL)
+#pragma unroll
+            for (int r = 0; r < 2; ++r) state.tops[0][r] = fmaxf(state.tops[0][r], Soft::NOTHING);
+        wgmma::changed(state.tops[0]);
+    }
+
+    __device__ static void find_base(State& state) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const float top = Soft::quad_max(state.tops[0][r]);
+            state.base[0][r] = Pv::P_AT_TILE ? top : fmaxf(top, state.rows.top[0][r]);
+        }
+        wgmma::changed(state.base[0]);
+    }
+
+    // From the scores of a tile to P. The sums of the tile before are added meanwhile.
+    template <bool CAREFUL>
+    __device__ static void weigh(State& state, const Work& work, typename Soft::Probabilities& p, float (&sums)[1][2]) {
+        if constexpr (IN_PLACE) rescale(state);
+        const auto exponent = Soft::exponent(state.s, state.base, state.scale, work.call.p_max_log2, CAREFUL && work.large);
+        flush(state);
+        Soft::weigh(p, sums, state.s, exponent, state.base, work.call.p_max_log2);
+        wgmma::changed(flat(p[0]));
+    }
+
+    __device__ static void multiply_pv(State& state, const Work& work, const typename Soft::Probabilities& p) {
+        const uint64_t v = work.v_rows + state.stage * (V_BYTES / 16);
+        if constexpr (IN_PLACE) multiply_pv(state.rows.acc[0], p, v);
+        else multiply_pv(state.part, p, v);
+    }
+    __device__ static void await_pv(State& state) {
+        wgmma::wait<0>();
+        if constexpr (IN_PLACE) wgmma::changed(flat(state.rows.acc[0]));
+        else wgmma::changed(flat(state.part));
+    }
+
+    // The sums of P, and what this tile's sums of P V will count.
+    __device__ static void add_up(State& state, const float (&sums)[1][2]) {
+        if constexpr (!IN_PLACE) rescale(state);
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            float& total = state.rows.total[0][r];
+            if constexpr (Pv::P_AT_TILE) {
+                state.grow[r] = ptx::exp2(state.base[0][r] - state.rows.top[0][r]);
+                total = fmaf(sums[0][r], state.grow[r], total);
+            } else {
+                total += sums[0][r];
+            }
+        }
+    }
+
+    // A tile whose scores are here, up to where those of the next one are.
+    template <bool CAREFUL> __device__ static void turn(State& state, const Work& work, int tile) {
+        const Tiles& tiles = work.tiles;
+        typename Soft::Probabilities p;
+        float sums[1][2];
+        weigh<CAREFUL>(state, work, p, sums);
+        clear(state.s);
+
+        // In the background from here on: the next tile's scores, first, and this tile's sums.
+        wgmma::fence();
+        multiply_qk(state.s, work.q_rows, work.k_rows + state.next * (K_BYTES / 16));
+        multiply_pv(state, work, p);
+        const int done = state.stage;
+        state.stage = state.next;
+        if (++state.next == Tiles::COUNT) state.next = 0, state.phase ^= 1;
+        const uint32_t passed = ptx::barrier_passed(tiles.full(state.next), state.phase);
+        add_up(state, sums);
+        ptx::wait_barrier(tiles.full(state.next), state.phase, passed);
+        wgmma::wait<1>();
+        wgmma::changed(flat(state.s[0]));
+        find_tops<CAREFUL>(state, work, tile + 1);
+        // Only when the largest are known, or the compiler would wait for P V before it looks for them: what is added is 0, which it
+        // cannot see, as a batch is not negative.
+        const uint32_t known = __float_as_uint(state.tops[0][0]) | __float_as_uint(state.tops[0][1]);
+        if (work.leads) ptx::arrive(tiles.k_free(state.stage) + ((known & uint32_t(work.call.batch)) >> 31));
+        load_k_scale(state, work, tile + 2);
+        await_pv(state);
+        wgmma::changed(flat(state.s[0]));
+        if (work.leads) ptx::arrive(tiles.v_free(done));
+        find_base(state);
+    }
+
+    // The last tile: no other follows.
+    __device__ static void end(State& state, const Work& work) {
+        typename Soft::Probabilities p;
+        float sums[1][2];
+        weigh<true>(state, work, p, sums);
+        wgmma::fence();
+        multiply_pv(state, work, p);
+        add_up(state, sums);
+        await_pv(state);
+        flush(state);
+    }
+
+    // First query of this warp; computed anew, rather than to hold it in a register through the loop.
+    __device__ static int own_row(const typename Soft::Place& at) { return at.first + (ptx::thread_again() / 32 - 4) * 16; }
+
+    __device__ static void consume(const Call& call, typename Soft::Place& at, const KCodes& k, const QCodes& q, const Stats& stats,
+                                   const Tiles& tiles, uint32_t q_shared, State& state) {
         Soft::start(state.rows, call, at, q);
-        const int count = at.tile_end - at.tile_begin;
-        if (count == 0) return;
-        const bool leads = threadIdx.x % 128 == 0;
-        const uint64_t q_rows = wgmma::descriptor<DIM>(q_shared);
-        const uint64_t k_rows = wgmma::descriptor<DIM>(tiles.k(0)), v_rows = wgmma::descriptor<WGMMA_PANEL>(tiles.v(0));
-        const float* k_scales = k.scale + at.kv_row * call.k_groups() + int64_t(at.tile_begin) * GROUPS * call.k_sub +
-                                threadIdx.x % 4 * call.k_sub / 4;
-        float next_k_scale[GROUPS];
-        const auto load_k_scale = [&](bool more) {
-#pragma unroll
-            for (int g = 0; g < GROUPS; ++g)
-                if (more) next_k_scale[g] = k_scales[g * call.k_sub];
-            k_scales += GROUPS * call.k_sub;
-        };
-        const auto take_k_scale = [&] {
-#pragma unroll
-            for (int g = 0; g < GROUPS; ++g) state.k_scale[g] = next_k_scale[g];
-        };
+        wgmma::changed(flat(state.rows.acc[0]));
+        if (at.tile_begin == at.tile_end) return;
+        const float k_top = __int_as_float(stats.k_top[at.kv_row]);
+        const float q_top = fmaxf(state.rows.scale[0][0], state.rows.scale[0][1]);
+        const Work work{call, at, tiles, wgmma::descriptor<DIM>(q_shared), wgmma::descriptor<DIM>(tiles.k(0)),
+                        wgmma::descriptor<WGMMA_PANEL>(tiles.v(0)),
+                        k.scale + at.kv_row * call.k_groups() + threadIdx.x % 4 * call.k_sub / 4, threadIdx.x % 128 == 0,
+                        !MASKED && __any_sync(0xFFFFFFFFu, k_top * q_top > Soft::LARGE)};
+        load_k_scale(state, work, at.tile_begin);
 #pragma unroll
         for (int j = 0; j < V_DIM / 8; ++j)
 #pragma unroll
-            for (int i = 0; i < int(sizeof(typename Pv::Part) / 4); ++i) state.part[j][i] = 0;
+            for (int i = 0; i < int(sizeof(typename Pv::Part) / 4); ++i) {
+                if constexpr (Pv::P_AT_TILE) asm volatile("" : "=r"(state.part[j][i]));  // any integer: it is multiplied by 0
+                else state.part[j][i] = 0;
+            }
         state.grow[0] = state.grow[1] = 0.0f;
+        state.stage = 0, state.next = 1, state.phase = 0;
 
-        load_k_scale(true);
         ptx::wait_barrier(tiles.full(0), 0);
         clear(state.s);
         wgmma::fence();
-        multiply_qk(state.s, q_rows, k_rows);
-        take_k_scale();
-        bool large = Soft::large(state.rows, state.k_scale);
-        load_k_scale(count > 1);
-        int stage = 0, next = 1, phase = 0;  // of this tile; of the next, and the phase of its barrier
-        ptx::wait_barrier(tiles.full(next), phase);
+        multiply_qk(state.s, work.q_rows, work.k_rows);
+        ptx::wait_barrier(tiles.full(1), 0);
         wgmma::wait<0>();
         wgmma::changed(flat(state.s[0]));
-        if (leads) ptx::arrive(tiles.k_free(0));
-        find_base(state, at, at.tile_begin, call.is_causal);
-        for (int tile = at.tile_begin; tile < at.tile_end; ++tile) {
-            const bool more = tile + 1 < at.tile_end;
-            if constexpr (IN_PLACE) rescale(state);
-            float base[1][2];
-#pragma unroll
-            for (int r = 0; r < 2; ++r) base[0][r] = finite(state.base[0][r]);
-            const typename Soft::Exponent exponent = Soft::exponent(state.s, state.rows, base, state.k_scale, call.p_max_log2, large);
-            flush(state);
-            typename Soft::Probabilities p;
-            float sums[1][2];
-            Soft::weigh(p, sums, state.s, exponent, base, call.p_max_log2);
-            wgmma::changed(flat(p[0]));
+        if (work.leads) ptx::arrive(tiles.k_free(0));
+        find_tops<true>(state, work, at.tile_begin);
+        find_base(state);
+        load_k_scale(state, work, at.tile_begin + 1);
 
-            clear(state.s);
+        // Tiles before `plain` are followed by one that may be seen as a whole. The shuffle shows the compiler that a warp agrees.
+        int tile = at.tile_begin;
+        const int plain = __shfl_sync(0xFFFFFFFFu, MASKED || work.large ? 0 : min(at.whole_end, at.tile_end) - 1, 0);
+        for (; tile < plain; ++tile) turn<false>(state, work, tile);
+        at.row = own_row(at);
+        for (; tile < at.tile_end - 1; ++tile) turn<true>(state, work, tile);
+        end(state, work);
+    }
 
-            // In the background from here on: the next tile's scores, first, and this tile's sums.
-            wgmma::fence();
-            multiply_qk(state.s, q_rows, k_rows + next * (K_BYTES / 16));
-            if constexpr (IN_PLACE) multiply_pv(state.rows.acc[0], p, v_rows + stage * (V_BYTES / 16));
-            else multiply_pv(state.part, p, v_rows + stage * (V_BYTES / 16));
-            if constexpr (!IN_PLACE) rescale(state);
-#pragma unroll
-            for (int r = 0; r < 2; ++r) {
-                float& total = state.rows.total[0][r];
-                if constexpr (Pv::P_AT_TILE) {
-                    state.grow[r] = ptx::exp2(state.base[0][r] - finite(state.rows.top[0][r]));
-                    total = fmaf(sums[0][r], state.grow[r], total);
-                } else {
-                    total += sums[0][r];
-                }
-            }
-            take_k_scale();
-            large = Soft::large(state.rows, state.k_scale);
-            load_k_scale(tile + 2 < at.tile_end);
-            const int done = stage;
-            stage = next;
-            if (++next == Tiles::COUNT) next = 0, phase ^= 1;
-            if (more) ptx::wait_barrier(tiles.full(next), phase);
-            wgmma::wait<1>();
-            wgmma::changed(flat(state.s[0]));
-            if (leads && more) ptx::arrive(tiles.k_free(stage));
-            if (more) find_base(state, at, tile + 1, call.is_causal);
-            wgmma::wait<0>();
-            if constexpr (IN_PLACE) wgmma::changed(flat(state.rows.acc[0]));
-            else wgmma::changed(flat(state.part));
-            wgmma::changed(flat(state.s[0]));
-            if (leads) ptx::arrive(tiles.v_free(done));
+    // For the helpers: what Soft::write takes from memory, so that it is at hand by then. Scales, put_backs, and whether the head is bad.
+    __device__ static void prepare_finish(const Call& call, const Stats& stats, const typename Soft::Place& at, uint32_t to, uint32_t ready) {
+        for (int channel = threadIdx.x - (128 - HELPERS); channel < V_DIM; channel += HELPERS) {
+            const float2 finish = finish_of(call, stats, at.kv_row, channel, at.k.n);
+            ptx::store_shared4(to + channel * 4, __float_as_int(finish.x));
+            ptx::store_shared4(to + (V_DIM + channel) * 4, __float_as_int(finish.y));
         }
-        flush(state);
+        ptx::store_shared4(to + 2 * V_DIM * 4, stats.bad[at.kv_row]);
+        ptx::arrive(ready);
     }
 
     __device__ static void run(const Call& call, const QCodes& q, const KCodes& k, const VCodes& v, const Stats& stats,
@@ -256,55 +338,36 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct WgmmaAttention {
         extern __shared__ char shared[];
         const uint32_t q_shared = (ptx::shared_address(shared) + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
         const Tiles tiles{q_shared + Q_BYTES};
+        const uint32_t finish_shared = tiles.shared + Tiles::BYTES + Tiles::BARRIER_BYTES;
         // The same in all threads of a warp: the shuffle shows that to the compiler, which then has descriptors ready in uniform registers.
         const int group = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 128, 0);
-        const int warp = threadIdx.x / 32 - 4, thread = threadIdx.x % 128;  // of the warpgroups with queries; of a warpgroup
+        const int warp = threadIdx.x / 32 - 4;  // of those with queries
         typename Soft::Place at;
         if (!Soft::template locate<ROWS, uint32_t>(call, mask, warp, at)) return;
-
-        // All that memory has to say is asked for at once, for each answer takes hundreds of clocks.
-        const int32_t bad = stats.bad[at.kv_row];
-        uint4 codes[DIM / 32];
-        float2 finish;
-        if (group > 0) {
-            const int64_t first = at.q_row * call.q_padded() + at.row - warp % 4 * 16;
-#pragma unroll
-            for (int i = 0; i < DIM / 32; ++i) codes[i] = reinterpret_cast<const uint4*>(q.codes + first * DIM)[i * 128 + thread];
-            if (thread < V_DIM) finish = finish_of(call, stats, at.kv_row, thread, at.k.n);
+        const int count = at.tile_end - at.tile_begin;
+        const int64_t first_key = at.kv_row * call.k_padded() + int64_t(at.tile_begin) * KEYS;
+        if (threadIdx.x == 0) {
+            tiles.init(WARPGROUPS, HELPERS);
+            if (count > 0) tiles.begin(q_shared, q.codes + (at.q_row * call.q_padded() + at.first) * DIM, Q_BYTES, k.codes + first_key * DIM);
         }
-        if (threadIdx.x == 0) tiles.init(WARPGROUPS);
         __syncthreads();
-        if (bad) return;
 
         if (group == 0) {
             asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COPY_REGISTERS));
-            if (threadIdx.x == 0)
-                tiles.fill(k.codes + (at.kv_row * call.k_padded() + int64_t(at.tile_begin) * KEYS) * DIM,
-                           v.codes + (at.kv_row * call.k_padded() + int64_t(at.tile_begin) * KEYS) * (V_DIM * v_bytes(MODE)),
-                           at.tile_end - at.tile_begin);
+            if (threadIdx.x == 0) tiles.fill(k.codes + first_key * DIM, v.codes + first_key * (V_DIM * v_bytes(MODE)), count);
+            else if (threadIdx.x >= 128 - HELPERS) prepare_finish(call, stats, at, finish_shared, tiles.finish_ready());
             return;
         }
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
-        const uint32_t own_q = q_shared + (group - 1) * 64 * DIM;
-        const uint32_t own_finish = tiles.shared + Tiles::BYTES + Tiles::BARRIER_BYTES + (group - 1) * FINISH_BYTES;
-#pragma unroll
-        for (int i = 0; i < DIM / 32; ++i) {
-            const int row = (i * 128 + thread) * 16 / DIM, byte = (i * 128 + thread) * 16 % DIM;
-            ptx::store_shared16(own_q + row * DIM + swizzled(byte, row, DIM), codes[i]);
-        }
-        if (thread < V_DIM) ptx::store_shared8(own_finish + thread * 8, finish);
-        ptx::publish_shared();
-        ptx::meet(group, 128);
         State state;
-        consume(call, at, k, q, tiles, own_q, state);
+        consume(call, at, k, q, stats, tiles, q_shared + (group - 1) * 64 * DIM, state);
+        ptx::wait_barrier(tiles.finish_ready(), 0);
+        if (ptx::load_shared4(finish_shared + 2 * V_DIM * 4)) return;  // the head has been computed exactly
+        at.row = own_row(at);
         Soft::write(call, at, state.rows, q, partials, out, lse, [&](int channel) {
             Finish f;
-#pragma unroll
-            for (int i = 0; i < 8; i += 2) {
-                const uint4 two = ptx::load_shared16(own_finish + (channel + i) * 8);
-                f.scale[i] = __uint_as_float(two.x), f.put_back[i] = __uint_as_float(two.y);
-                f.scale[i + 1] = __uint_as_float(two.z), f.put_back[i + 1] = __uint_as_float(two.w);
-            }
+            ptx::load_shared32(f.scale, finish_shared + channel * 4);
+            ptx::load_shared32(f.put_back, finish_shared + (V_DIM + channel) * 4);
             return f;
         });
     }

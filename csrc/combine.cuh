@@ -23,19 +23,19 @@ __global__ void combine(const Call c, const QCodes q, const Stats stats, const P
     if (query >= tokens.n || stats.bad[kv_row]) return;
 
     const int64_t first = q_row * c.q_padded() + query, step = c.q_rows() * c.q_padded();
-    float top = -INFINITY;
+    float top = parts.top[first];
     for (int s = 0; s < c.splits; ++s) top = fmaxf(top, parts.top[first + s * step]);
     float total = 0.0f, x[8] = {};
     for (int s = 0; s < c.splits; ++s) {
         const int64_t row = first + s * step;
-        const float weight = parts.top[row] == -INFINITY ? 0.0f : ptx::exp2(parts.top[row] - top);
+        const float weight = ptx::exp2(parts.top[row] - top);
         total = fmaf(parts.total[row], weight, total);
         for (int i = 0; i < 8; ++i) x[i] = fmaf(parts.out[row * c.v_dim + channel + i], weight, x[i]);
     }
     const Finish finish = Finish::of(c, stats, kv_row, channel, span(c.cu_k, b, c.nk).n);
     const float inverse = total == 0.0f ? 0.0f : 1.0f / total;
     for (int i = 0; i < 8; ++i) x[i] = finish.apply(x[i], inverse, i);
-    store8(c, out.data, (c.cu_q ? 0 : b) * out.b + head * out.h + (tokens.first + query) * out.n + channel, channel, x);
+    store_up_to_8(c, out.data, (c.cu_q ? 0 : b) * out.b + head * out.h + (tokens.first + query) * out.n + channel, channel, x);
     if (c.return_lse && channel == 0)
         lse[q_row * c.nq + query] = log_sum_exp(c, top, total, q.lse_shift ? q.lse_shift[first] : 0.0f);
 }

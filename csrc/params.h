@@ -161,6 +161,7 @@ struct Stats {
     int32_t* bad;      // [kv_rows] 1 where q, k or v holds a NaN, an inf or a magnitude of LARGEST, or where a mean is inf
     int32_t* arrived;  // [kv_rows] programs of the statistics that are done
     int64_t* v_sums;   // [kv_rows, dim] sum of V's codes in units of code_unit(mode); 0 before quantisation
+    int32_t* k_top;    // [kv_rows] the largest scale of K's codes, as bits; 0 before quantisation
     int64_t zeroed;    // bytes from `bad` on that must be zero at the start
     float* k_mean;     // [kv_rows, dim], 0 unless smooth_k
     float* v_mean;     // [kv_rows, dim], 0 unless smooth_v
@@ -174,6 +175,7 @@ struct Stats {
         s.bad = at.take<int32_t>(c.kv_rows());
         s.arrived = at.take<int32_t>(c.kv_rows());
         s.v_sums = at.take<int64_t>(c.kv_rows() * c.dim);
+        s.k_top = at.take<int32_t>(c.kv_rows());
         s.zeroed = at.used;
         s.k_mean = at.take<float>(c.kv_rows() * c.dim);
         s.v_mean = at.take<float>(c.kv_rows() * c.dim);

@@ -66,10 +66,9 @@ template <DType DTYPE, int DIM, bool IS_K> struct Int8Tokens {
 
     // Where the codes of a token's channels from c on lie, from those of the program's first token on.
     __device__ __forceinline__ int place(int local, int c) const {
+        if (DIM <= 128 && call.wgmma) return local * DIM + swizzled(c, local, DIM);
         if (!IS_K) return local * DIM + c;
-        const int rows = local * DIM + swizzled(c, local, DIM);
-        const int panels = (local / PANEL * DIM + c / PANEL * PANEL + local % PANEL) * PANEL + c % PANEL;
-        return DIM <= 128 && call.wgmma ? rows : panels;
+        return (local / PANEL * DIM + c / PANEL * PANEL + local % PANEL) * PANEL + c % PANEL;
     }
 
     __device__ __forceinline__ bool shifts() const { return !IS_K && job.q_codes.lse_shift; }
@@ -192,6 +191,7 @@ __device__ __forceinline__ void quantize_int8(const CodesJob& job, int row, int 
         const float top = __int_as_float(shared.top[thread]);
         float* scale = (IS_K ? job.k_codes.scale : job.q_codes.scale) + (shared.base >> part.block() << part.sub());
         scale[thread] = top > TINY ? __fdiv_rn(top, 127.0f) : 0.0f;
+        if (IS_K) atomicMax(job.stats.k_top + shared.kv_row, __float_as_int(scale[thread]));
     }
 #pragma unroll
     for (int pass = 0; pass < PASSES; ++pass) part.store(pass * TILE + thread / LANES, thread % LANES, x[pass]);

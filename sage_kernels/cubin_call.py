@@ -188,11 +188,12 @@ class DeviceCall:
         channels = 4 * kv * c.dim  # bytes of a float each
         self.chunks = min(pieces(self.params["STATS_PROGRAMS"], kv), pieces(c.nk, panel))
         stats = dict(
-            bad=4 * kv, arrived=4 * kv, v_sums=8 * kv * c.dim, k_mean=channels, v_mean=channels, v_scale=channels
-        )
+            bad=4 * kv, arrived=4 * kv, v_sums=8 * kv * c.dim, k_top=4 * kv,
+            k_mean=channels, v_mean=channels, v_scale=channels,
+        )  # fmt: skip
         self.stats = Part(
             layout.Stats, alignment, {**stats, "v_inverse": channels, "partial": channels * self.chunks * 4}
-        )  # fmt: skip
+        )
         q_groups, k_groups = self.q_padded // c.q_block * c.q_sub, self.k_padded // panel * c.k_sub
         shifts = c.return_lse and c.smooth_k
         self.q_codes = Part(

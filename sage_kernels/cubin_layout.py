@@ -51,6 +51,7 @@ class Stats(Structure):
         ("bad", Pointer),
         ("arrived", Pointer),
         ("v_sums", Pointer),
+        ("k_top", Pointer),
         ("zeroed", c_int64),
         *((name, Pointer) for name in ("k_mean", "v_mean", "v_scale", "v_inverse", "partial")),
         ("bytes", c_int64),

@@ -36,20 +36,27 @@ struct Finish {
 };
 
 // 8 channels of one output row. Rows are ours, so 16-byte stores are aligned wherever head_dim is a multiple of 8.
-__device__ __forceinline__ void store8(const Call& call, void* data, int64_t at, int channel, const float (&x)[8]) {
+template <DType DTYPE> __device__ __forceinline__ void store8(void* data, int64_t at, const float (&x)[8]) {
+    if constexpr (DTYPE == DType::f32) {
+        float4* to = reinterpret_cast<float4*>(static_cast<float*>(data) + at);
+        to[0] = make_float4(x[0], x[1], x[2], x[3]);
+        to[1] = make_float4(x[4], x[5], x[6], x[7]);
+    } else {
+        uint32_t w[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            w[i] = DTYPE == DType::f16 ? ptx::to_f16x2(x[2 * i], x[2 * i + 1]) : ptx::to_bf16x2(x[2 * i], x[2 * i + 1]);
+        *reinterpret_cast<uint4*>(static_cast<uint16_t*>(data) + at) = make_uint4(w[0], w[1], w[2], w[3]);
+    }
+}
+
+// Those of them that there are.
+__device__ __forceinline__ void store_up_to_8(const Call& call, void* data, int64_t at, int channel, const float (&x)[8]) {
     if (call.head_dim % 8 == 0) {
         if (channel >= call.head_dim) return;
-        if (call.dtype == DType::f32) {
-            float4* to = reinterpret_cast<float4*>(static_cast<float*>(data) + at);
-            to[0] = make_float4(x[0], x[1], x[2], x[3]);
-            to[1] = make_float4(x[4], x[5], x[6], x[7]);
-        } else {
-            uint32_t w[4];
-#pragma unroll
-            for (int i = 0; i < 4; ++i)
-                w[i] = call.dtype == DType::f16 ? ptx::to_f16x2(x[2 * i], x[2 * i + 1]) : ptx::to_bf16x2(x[2 * i], x[2 * i + 1]);
-            *reinterpret_cast<uint4*>(static_cast<uint16_t*>(data) + at) = make_uint4(w[0], w[1], w[2], w[3]);
-        }
+        if (call.dtype == DType::f32) store8<DType::f32>(data, at, x);
+        else if (call.dtype == DType::f16) store8<DType::f16>(data, at, x);
+        else store8<DType::bf16>(data, at, x);
     } else {
 #pragma unroll
         for (int i = 0; i < 8; ++i)

@@ -48,13 +48,24 @@ __device__ __forceinline__ void store_shared16(uint32_t shared, uint4 x) {
     asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(shared), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
 }
 
-__device__ __forceinline__ void store_shared8(uint32_t shared, float2 x) {
-    asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(shared), "f"(x.x), "f"(x.y) : "memory");
+__device__ __forceinline__ void store_shared4(uint32_t shared, int32_t x) {
+    asm volatile("st.shared.s32 [%0], %1;" ::"r"(shared), "r"(x) : "memory");
 }
-// Waits until `threads` threads have come to barrier `id`, 1 to 15.
-__device__ __forceinline__ void meet(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+__device__ __forceinline__ int32_t load_shared4(uint32_t shared) {
+    int32_t x;
+    asm volatile("ld.shared.s32 %0, [%1];" : "=r"(x) : "r"(shared) : "memory");
+    return x;
+}
+__device__ __forceinline__ void load_shared32(float (&x)[8], uint32_t shared) {
+#pragma unroll
+    for (int i = 0; i < 8; i += 4) {
+        const uint4 four = load_shared16(shared + i * 4);
+        x[i] = __uint_as_float(four.x), x[i + 1] = __uint_as_float(four.y);
+        x[i + 2] = __uint_as_float(four.z), x[i + 3] = __uint_as_float(four.w);
+    }
+}
 
-// For 9.0 and newer, down to publish_shared.
+// For 9.0 and newer, down to sleep_on_barrier.
 //
 // A barrier in shared memory that completes a phase when `arrivals` threads and all expected bytes have come.
 __device__ __forceinline__ void init_barrier(uint32_t barrier, int arrivals) {
@@ -83,6 +94,28 @@ __device__ __forceinline__ void wait_barrier(uint32_t barrier, int phase) {
                  "}" ::"r"(barrier), "r"(phase) : "memory");
 }
 
+// Asks early whether the wait below would end at once...
+__device__ __forceinline__ uint32_t barrier_passed(uint32_t barrier, int phase) {
+    uint32_t passed;
+    asm volatile("{\n"
+                 ".reg .pred done;\n"
+                 "mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+                 "selp.u32 %0, 1, 0, done;\n"
+                 "}" : "=r"(passed) : "r"(barrier), "r"(phase) : "memory");
+    return passed;
+}
+// ... and here does nothing if so.
+__device__ __forceinline__ void wait_barrier(uint32_t barrier, int phase, uint32_t passed) {
+    asm volatile("{\n"
+                 ".reg .pred done;\n"
+                 "setp.ne.u32 done, %2, 0;\n"
+                 "@done bra passed;\n"
+                 "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+                 "@!done bra again;\n"
+                 "passed:\n"
+                 "}" ::"r"(barrier), "r"(phase), "r"(passed) : "memory");
+}
+
 // The same where the wait is long: the thread sleeps for up to 10 ms at a time instead of taking issue slots.
 __device__ __forceinline__ void sleep_on_barrier(uint32_t barrier, int phase) {
     asm volatile("{\n"
@@ -91,9 +124,6 @@ __device__ __forceinline__ void sleep_on_barrier(uint32_t barrier, int phase) {
                  "@!done bra again;\n"
                  "}" ::"r"(barrier), "r"(phase) : "memory");
 }
-
-// What this thread wrote to shared memory is seen by copies and wgmma.
-__device__ __forceinline__ void publish_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 __device__ __forceinline__ float exp2(float x) {
     float y;

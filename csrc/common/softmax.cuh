@@ -26,6 +26,7 @@ template <Mode MODE, int M, int KEYS, int V_DIM, bool MASKED, int CHAINS> struct
         Span q, k;
         int64_t q_row, kv_row;
         int head;
+        int first;                 // query of the block
         int row;                   // first query of this thread's warp
         int tile_begin, tile_end;  // of the block
         int whole_end;             // tiles before it have no key that a row of this thread's warp may not see
@@ -42,16 +43,22 @@ template <Mode MODE, int M, int KEYS, int V_DIM, bool MASKED, int CHAINS> struct
 
     __device__ static int lane() { return threadIdx.x % 32; }
 
+    __device__ static float q_scale(const Call& call, const Place& at, const QCodes& q, int query) {
+        const int block = 31 - __clz(call.q_block), sub = 31 - __clz(call.q_sub);  // both are powers of two
+        return q.scale[at.q_row * (call.q_padded() >> block << sub) + (query >> block << sub) + (query % 8 << sub >> 3)];
+    }
+
+    // Below every score: where a row's maximum starts. Finite, so that it can be subtracted.
+    static constexpr float NOTHING = -3.4e38f;
+
     // Nothing seen yet.
     __device__ static void start(Rows& rows, const Call& call, const Place& at, const QCodes& q) {
-        const float* q_scales = q.scale + at.q_row * call.q_groups();
 #pragma unroll
         for (int m = 0; m < M; ++m)
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
-                const int query = at.row + m * 16 + r * 8 + lane() / 4;
-                rows.scale[m][r] = q_scales[query / call.q_block * call.q_sub + query % 8 * call.q_sub / 8];
-                rows.top[m][r] = -INFINITY;
+                rows.scale[m][r] = q_scale(call, at, q, at.row + m * 16 + r * 8 + lane() / 4);
+                rows.top[m][r] = NOTHING;
                 rows.total[m][r] = 0.0f;
             }
 #pragma unroll
@@ -67,11 +74,22 @@ template <Mode MODE, int M, int KEYS, int V_DIM, bool MASKED, int CHAINS> struct
         return fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, 2));
     }
 
-    // What a code counts. Never 0, as it is where q or k is: what is hidden is -inf then, too, and -inf * 0 is not.
-    __device__ static float scale_of(float q_scale, float k_scale) { return fmaxf(q_scale * k_scale, 1e-30f); }
+    // What the codes of a tile count: 0 where q or k is 0, unless some of them are hidden: -inf * 0 is not -inf.
+    using Scales = float[M][2][GROUPS];
+    template <bool HIDE> __device__ static void scales(Scales& scale, const Rows& rows, const float (&k_scale)[GROUPS]) {
+#pragma unroll
+        for (int m = 0; m < M; ++m)
+#pragma unroll
+            for (int r = 0; r < 2; ++r)
+#pragma unroll
+                for (int g = 0; g < GROUPS; ++g) {
+                    scale[m][r][g] = rows.scale[m][r] * k_scale[g];
+                    if (HIDE) scale[m][r][g] = fmaxf(scale[m][r][g], 1e-30f);
+                }
+    }
 
     // -inf where a key is hidden. With a mask the codes become scores, for a mask may say -1e38.
-    __device__ static void hide(Scores& s, const Place& at, const Rows& rows, const float (&k_scale)[GROUPS], int first_key, bool causal) {
+    __device__ static void hide(Scores& s, const Place& at, const Scales& scale, int first_key, bool causal) {
 #pragma unroll
         for (int m = 0; m < M; ++m)
 #pragma unroll
@@ -82,7 +100,7 @@ template <Mode MODE, int M, int KEYS, int V_DIM, bool MASKED, int CHAINS> struct
                     const int key = first_key + n * 8 + lane() % 4 * 2 + i % 2;
                     float x = __int_as_float(s[m][n][i]);
                     if (MASKED) {
-                        x = (x - MAGIC) * scale_of(rows.scale[m][i / 2], k_scale[n / 8]);
+                        x = (x - MAGIC) * scale[m][i / 2][n / 8];
                         if (query < at.q.n && key < at.k.n) x = masked(x, at.mask, query, key);
                     }
                     if (key >= at.k.n || (causal && key > query)) x = -INFINITY;
@@ -102,45 +120,46 @@ template <Mode MODE, int M, int KEYS, int V_DIM, bool MASKED, int CHAINS> struct
         return MASKED ? score : __int_as_float(max(code[0], code[CHAINS - 1]));
     }
 
-    // The largest score of each row of a tile, rounded up so that none is above it.
-    __device__ static void find_tops(float (&tops)[M][2], const Rows& rows, const Scores& s, const float (&k_scale)[GROUPS]) {
+    // The largest of a thread's scores of each row of a tile, rounded up so that none is above it; quad_max makes it the row's.
+    __device__ static void find_tops(float (&tops)[M][2], const Scores& s, const Scales& scale) {
 #pragma unroll
         for (int m = 0; m < M; ++m)
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
-                float top = -INFINITY;
+                float top;
 #pragma unroll
                 for (int g = 0; g < GROUPS; ++g) {
-                    const float one = largest(s[m], 8 * g, r);
-                    top = fmaxf(top, MASKED ? one : __fmul_ru(one - MAGIC, scale_of(rows.scale[m][r], k_scale[g])));
+                    float one = largest(s[m], 8 * g, r);
+                    if (!MASKED) one = __fmul_ru(one - MAGIC, scale[m][r][g]);
+                    top = g == 0 ? one : fmaxf(top, one);
                 }
-                tops[m][r] = quad_max(top);
+                tops[m][r] = top;
             }
     }
 
     // p = 2^(x * scale + offset) for x = MAGIC + code.
     struct Exponent {
-        float scale[M][2][GROUPS], offset[M][2][GROUPS];
+        Scales scale, offset;
     };
 
-    // Whether codes count so much that the rounding of an exponent's offset would show.
-    __device__ static bool large(const Rows& rows, const float (&k_scale)[GROUPS]) {
-        constexpr float LARGE = 1.0f / 1024;  // of a scale: MAGIC * scale is then exact to 2^-10; ordinary inputs have some 1e-4
+    // Of a scale: up to it the rounding of an exponent's offset moves P by a sixty-fourth of an octave at most, and all of a row's by
+    // the same. Ordinary inputs have some 1e-4.
+    static constexpr float LARGE = 1.0f / 64;
+    __device__ static bool large(const Scales& scale) {
         bool large = false;
 #pragma unroll
         for (int m = 0; m < M; ++m)
 #pragma unroll
             for (int r = 0; r < 2; ++r)
 #pragma unroll
-                for (int g = 0; g < GROUPS; ++g) large |= scale_of(rows.scale[m][r], k_scale[g]) > LARGE;
+                for (int g = 0; g < GROUPS; ++g) large |= scale[m][r][g] > LARGE;
         return !MASKED && __any_sync(0xFFFFFFFFu, large);
     }
 
     // base: of each row, what is taken from its scores. Everything is rounded such that p never passes P's largest, for its codes
     // have no room above that. Where `large`, the codes become scores less their base, rounded as in find_tops, so that a row's
     // largest is 0. With a mask all of them are scores, and weigh() subtracts.
-    __device__ static Exponent exponent(Scores& s, const Rows& rows, const float (&base)[M][2], const float (&k_scale)[GROUPS],
-                                        float p_max_log2, bool large) {
+    __device__ static Exponent exponent(Scores& s, const float (&base)[M][2], const Scales& scale, float p_max_log2, bool large) {
         Exponent e;
 #pragma unroll
         for (int m = 0; m < M; ++m)
@@ -148,9 +167,8 @@ template <Mode MODE, int M, int KEYS, int V_DIM, bool MASKED, int CHAINS> struct
             for (int r = 0; r < 2; ++r)
 #pragma unroll
                 for (int g = 0; g < GROUPS; ++g) {
-                    const float scale = scale_of(rows.scale[m][r], k_scale[g]);
-                    e.scale[m][r][g] = scale;
-                    e.offset[m][r][g] = __fmaf_rd(-MAGIC, scale, __fsub_rd(p_max_log2, base[m][r]));
+                    e.scale[m][r][g] = scale[m][r][g];
+                    e.offset[m][r][g] = __fmaf_rd(-MAGIC, scale[m][r][g], __fsub_rd(p_max_log2, base[m][r]));
                 }
         if (!large) return e;
 #pragma unroll
@@ -200,7 +218,7 @@ template <Mode MODE, int M, int KEYS, int V_DIM, bool MASKED, int CHAINS> struct
     template <class FinishOf>
     __device__ static void write(const Call& call, const Place& at, const Rows& rows, const QCodes& q, const Partials& partials,
                                  const View& out, float* lse, const FinishOf& finish_of) {
-        const int b = int(uint32_t(at.q_row) / uint32_t(call.heads));
+        const int b = call.batch > 1 ? int(uint32_t(at.q_row) / uint32_t(call.heads)) : 0;
         float total[M][2], inverse[M][2];
 #pragma unroll
         for (int m = 0; m < M; ++m)
@@ -211,65 +229,91 @@ template <Mode MODE, int M, int KEYS, int V_DIM, bool MASKED, int CHAINS> struct
                 total[m][r] = x + __shfl_xor_sync(0xFFFFFFFFu, x, 2);
                 inverse[m][r] = total[m][r] == 0.0f ? 0.0f : ptx::reciprocal(total[m][r]);
             }
-#pragma unroll
-        for (int group = 0; group < V_DIM / 32; ++group) {
-            const int channel = group * 32 + lane() % 4 * 8;
-            Finish finish;
-            if (call.splits == 1) finish = finish_of(channel);
+        const int first = lane() % 4 * 8;  // of this thread's channels: 8 of every 32
+        if (call.splits > 1) {
 #pragma unroll
             for (int m = 0; m < M; ++m)
 #pragma unroll
                 for (int r = 0; r < 2; ++r) {
                     const int query = at.row + m * 16 + r * 8 + lane() / 4;
                     if (query >= at.q.n) continue;
-                    float x[8];
+                    const int64_t row = (at.split * call.q_rows() + at.q_row) * call.q_padded() + query;
+                    float4* to = reinterpret_cast<float4*>(partials.out + row * V_DIM + first);
 #pragma unroll
-                    for (int i = 0; i < 8; ++i) x[i] = Pv::value(rows.acc[m][group * 4 + i / 2], 2 * r + i % 2);
-                    if (call.splits > 1) {
-                        const int64_t row = (at.split * call.q_rows() + at.q_row) * call.q_padded() + query;
-                        float4* to = reinterpret_cast<float4*>(partials.out + row * V_DIM + channel);
-                        to[0] = make_float4(x[0], x[1], x[2], x[3]);
-                        to[1] = make_float4(x[4], x[5], x[6], x[7]);
-                        if (channel == 0) {
-                            partials.top[row] = rows.top[m][r];
-                            partials.total[row] = total[m][r];
-                        }
-                        continue;
-                    }
-#pragma unroll
-                    for (int i = 0; i < 8; ++i) x[i] = finish.apply(x[i], inverse[m][r], i);
-                    const int64_t to = (call.cu_q ? 0 : b) * out.b + at.head * out.h + (at.q.first + query) * out.n + channel;
-                    store8(call, out.data, to, channel, x);
-                    if (call.return_lse && channel == 0) {
-                        const float shift = q.lse_shift ? q.lse_shift[at.q_row * call.q_padded() + query] : 0.0f;
-                        lse[at.q_row * call.nq + query] = log_sum_exp(call, rows.top[m][r], total[m][r], shift);
+                    for (int j = 0; j < V_DIM / 8; j += 2)
+                        to[j / 4 * 8 + j % 4 / 2] = make_float4(Pv::value(rows.acc[m][j], 2 * r), Pv::value(rows.acc[m][j], 2 * r + 1),
+                                                                Pv::value(rows.acc[m][j + 1], 2 * r), Pv::value(rows.acc[m][j + 1], 2 * r + 1));
+                    if (first == 0) {
+                        partials.top[row] = rows.top[m][r];
+                        partials.total[row] = total[m][r];
                     }
                 }
+            return;
         }
+        int64_t to[M][2];
+#pragma unroll
+        for (int m = 0; m < M; ++m)
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                const int query = at.row + m * 16 + r * 8 + lane() / 4;
+                to[m][r] = (call.cu_q ? 0 : b) * out.b + at.head * out.h + (at.q.first + query) * out.n + first;
+                if (call.return_lse && first == 0 && query < at.q.n) {
+                    const float shift = q.lse_shift ? q.lse_shift[at.q_row * call.q_padded() + query] : 0.0f;
+                    lse[at.q_row * call.nq + query] = log_sum_exp(call, rows.top[m][r], total[m][r], shift);
+                }
+            }
+        const auto store_all = [&](const auto& store) {
+#pragma unroll
+            for (int group = 0; group < V_DIM / 32; ++group) {
+                const Finish finish = finish_of(group * 32 + first);
+#pragma unroll
+                for (int m = 0; m < M; ++m)
+#pragma unroll
+                    for (int r = 0; r < 2; ++r) {
+                        float x[8];
+#pragma unroll
+                        for (int i = 0; i < 8; ++i)
+                            x[i] = finish.apply(Pv::value(rows.acc[m][group * 4 + i / 2], 2 * r + i % 2), inverse[m][r], i);
+                        store(to[m][r] + group * 32, at.row + m * 16 + r * 8 + lane() / 4, group * 32 + first, x);
+                    }
+            }
+        };
+        // Where nothing is to be left out, as mostly, there is no branch between the stores.
+        const bool whole = at.row + 16 * M <= at.q.n && call.head_dim == V_DIM;
+        if (whole && call.dtype == DType::bf16)
+            store_all([&](int64_t to, int, int, const float (&x)[8]) { store8<DType::bf16>(out.data, to, x); });
+        else if (whole && call.dtype == DType::f16)
+            store_all([&](int64_t to, int, int, const float (&x)[8]) { store8<DType::f16>(out.data, to, x); });
+        else
+            store_all([&](int64_t to, int query, int channel, const float (&x)[8]) {
+                if (query < at.q.n) store_up_to_8(call, out.data, to, channel, x);
+            });
     }
 
-    // Where this block of ROWS queries works, and its warp; false if it has no queries. Index: 32 bits divide faster, but what the
-    // compiler computes for it of the divisors it likes to hold in registers, which who calls this twice cannot spare.
+    // Where this block of ROWS queries works, and its warp; false if it has no queries. Index: 32 bits divide faster, and not at all
+    // by 1; but what the compiler computes for that it likes to hold in registers, which who calls this twice cannot spare.
     template <int ROWS, class Index> __device__ static bool locate(const Call& call, const Mask& mask, int warp, Place& at) {
+        constexpr bool FAST = sizeof(Index) == 4;
         Index index = ptx::block_index();
         const Index blocks = (call.nq + ROWS - 1) / ROWS;
         int block = int(index % blocks);
         if (call.is_causal) block = int(blocks) - 1 - block;  // the longest first
         index /= blocks;
-        at.split = int(index % Index(call.splits));
-        const Index q_row = index / Index(call.splits);
+        const bool whole = FAST && call.splits == 1, one = FAST && call.batch == 1, own = FAST && call.heads == call.kv_heads;
+        at.split = whole ? 0 : int(index % Index(call.splits));
+        const Index q_row = whole ? index : index / Index(call.splits);
         at.q_row = q_row;
-        const int b = int(q_row / Index(call.heads));
-        at.head = int(q_row % Index(call.heads));
-        at.kv_row = int64_t(b) * call.kv_heads + at.head / call.group();
+        const int b = one ? 0 : int(q_row / Index(call.heads));
+        at.head = one ? int(q_row) : int(q_row % Index(call.heads));
+        at.kv_row = int64_t(b) * call.kv_heads + (own ? at.head : at.head / call.group());
         at.q = span(call.cu_q, b, call.nq);
         at.k = span(call.cu_k, b, call.nk);
-        const int first = block * ROWS;
-        at.row = first + warp * (16 * M);
-        if (first >= at.q.n) return false;
-        const int stop = call.is_causal ? min(at.k.n, first + ROWS) : at.k.n;
+        at.first = block * ROWS;
+        at.row = at.first + warp * (16 * M);
+        if (at.first >= at.q.n) return false;
+        const int stop = call.is_causal ? min(at.k.n, at.first + ROWS) : at.k.n;
         const int tiles = (stop + KEYS - 1) / KEYS;
-        const int share = (tiles + call.splits - 1) / call.splits;
+        const int share = whole ? tiles : (tiles + call.splits - 1) / call.splits;
         at.tile_begin = min(tiles, at.split * share);
         at.tile_end = min(tiles, at.tile_begin + share);
         at.whole_end = (call.is_causal ? min(at.k.n, at.row + 1) : at.k.n) / KEYS;

@@ -67,11 +67,17 @@ def swizzled(at, row, row_bytes):
     return at ^ (row % 8 if row_bytes == 128 else row // 2 % 4) * 16
 
 
+def rows_places(padded, dim):
+    """Of each code of a head of Q or K, as wgmma reads them: [padded, dim]."""
+    token = torch.arange(padded)[:, None]
+    return token * dim + swizzled(torch.arange(dim), token, dim)
+
+
 def k_places(k_padded, dim, wgmma):
     """Of each code of a head of K: [k_padded, dim]."""
-    key, channel = torch.arange(k_padded)[:, None], torch.arange(dim)
     if wgmma:
-        return key * dim + swizzled(channel, key, dim)
+        return rows_places(k_padded, dim)
+    key, channel = torch.arange(k_padded)[:, None], torch.arange(dim)
     return (key // 64 * dim + channel // 64 * 64 + key % 64) * 64 + channel % 64
 
 
@@ -126,15 +132,17 @@ class Quantised:
             return groups[..., group_index(padded, block, sub, q.device)]
 
         self.bad, _ = stats.take(torch.int32, b, g), stats.take(torch.int32, b, g)
-        sums = stats.take(torch.int64, b, g, dim)
+        sums, k_top = stats.take(torch.int64, b, g, dim), stats.take(torch.float32, b, g)
         self.k_mean, v_mean, self.v_scale, self.v_inverse = (stats.take(torch.float32, b, g, dim) for _ in range(4))
         self.put_back = v_mean - (sums.double() * UNIT[pv.p_dtype] / nk).float() * self.v_scale
-        self.q = codes[0].take(torch.int8, b, heads, q_padded, dim)
+        q_places = rows_places(q_padded, dim) if wgmma else torch.arange(q_padded * dim).view(q_padded, dim)
+        self.q = codes[0].take(torch.int8, b, heads, q_padded * dim)[..., q_places]
         self.q_scale = scales(codes[0], heads, q_padded, gran.q_block, gran.q_sub)
         shifts = config.smooth_k and not lengths
         self.lse_shift = codes[0].take(torch.float32, b, heads, q_padded) if shifts else None
         self.k = codes[1].take(torch.int8, b, g, k_padded * dim)[..., k_places(k_padded, dim, wgmma)]
         self.k_scale = scales(codes[1], g, k_padded, gran.k_block, gran.k_sub)
+        assert torch.equal(k_top, self.k_scale.nan_to_num().flatten(2).amax(-1)) or lengths
         code = CODES[pv.p_dtype]
         bits = codes[2].take(torch.uint8 if code.itemsize == 1 else torch.int16, b, g, k_padded * v_dim)
         self.v = bits[..., v_places(k_padded, v_dim, code.itemsize, wgmma)].view(code).float()
