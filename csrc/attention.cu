@@ -1,4 +1,5 @@
 // Host side of the attention step: which kernel, on which grid.
+#include <algorithm>
 #include <atomic>
 #include <stdexcept>
 #include <string>
@@ -69,6 +70,18 @@ Launch find_kernel(const Call& c, bool masked) {
     return launch;
 }
 
+unsigned multiprocessors(const Call& c) {
+    static std::atomic<int> known[MAX_DEVICES];
+    int device = 0;
+    check(cudaGetDevice(&device), "cudaGetDevice", c);
+    int count = known[device].load();  // find_kernel has looked whether there is a place for this device
+    if (count == 0) {
+        check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute", c);
+        known[device].store(count);
+    }
+    return unsigned(count);
+}
+
 // A grid's first axis holds up to 2^31 - 1 blocks.
 unsigned grid(int64_t blocks, const Call& c) {
     if (blocks > 0x7FFFFFFF) throw std::invalid_argument("the call has too many blocks for one launch: " + describe(c));
@@ -91,10 +104,14 @@ int choose_splits(const Call& c, int multiprocessors, int arch) {
 void launch_attention(const Call& c, const QCodes& q, const KCodes& k, const VCodes& v, const Stats& stats, const Mask& mask,
                       const Partials& partials, View out, float* lse, cudaStream_t stream) {
     const Launch kernel = find_kernel(c, mask.kind != MaskKind::none);
-    const int64_t blocks = c.q_rows() * c.splits * ((c.nq + kernel.rows - 1) / kernel.rows);
+    unsigned blocks = grid(c.q_rows() * c.splits * ((c.nq + kernel.rows - 1) / kernel.rows), c);
+    // attention_wgmma's stay on their multiprocessor and take one query block after another; not with a mask (there), and not where
+    // these differ in length: then the hardware shares them out better.
+    const bool stay = c.wgmma && !c.is_causal && !c.cu_q && mask.kind == MaskKind::none;
+    if (stay) blocks = std::min(blocks, multiprocessors(c));
     void* arguments[] = {const_cast<Call*>(&c), const_cast<QCodes*>(&q), const_cast<KCodes*>(&k), const_cast<VCodes*>(&v),
                          const_cast<Stats*>(&stats), const_cast<Mask*>(&mask), const_cast<Partials*>(&partials), &out, &lse};
-    check(cudaLaunchKernel(kernel.function, dim3(grid(blocks, c)), dim3(kernel.threads), arguments, kernel.shared_bytes, stream),
+    check(cudaLaunchKernel(kernel.function, dim3(blocks), dim3(kernel.threads), arguments, kernel.shared_bytes, stream),
           c.wgmma ? "attention_wgmma" : "attention_mma", c);
     if (c.splits > 1) {
         const int64_t threads = c.q_rows() * c.nq * (c.v_dim / COMBINE_CHANNELS);

@@ -201,7 +201,7 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct Attention {
         extern __shared__ __align__(128) char shared[];  // two tiles of K and V: one in use, one on its way; then Q
         const int warp = threadIdx.x / 32;
         typename Soft::Place at;
-        if (!Soft::template locate<TILE.rows(), int64_t>(call, mask, warp, at) || stats.bad[at.kv_row]) return;
+        if (!Soft::template locate<TILE.rows(), int64_t>(call, mask, warp, ptx::block_index(), at) || stats.bad[at.kv_row]) return;
         const int64_t k_row = at.kv_row * call.k_padded();
         TileCopies copies(shared, k.codes + k_row * DIM + int64_t(at.tile_begin) * K_BYTES,
                           v.codes + k_row * (V_DIM * v_bytes(MODE)) + int64_t(at.tile_begin) * V_BYTES);
@@ -213,7 +213,8 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct Attention {
         const int8_t* q_codes = q.codes + (at.q_row * call.q_padded() + at.row) * DIM;
 
         Rows rows;
-        Soft::start(rows, call, at, q);
+        Soft::load_q_scales(rows, call, at, q);
+        Soft::start(rows);
         QPart held[TILE.q_held ? HALVES : 1];
 #pragma unroll
         for (int half = 0; half < HALVES; ++half) {
@@ -267,7 +268,7 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct Attention {
             which ^= 1;
             multiply_pv(rows, p, turn, v_here, v_first, k_first, own + which * K_BYTES);
         }
-        Soft::template locate<TILE.rows(), int64_t>(call, mask, warp, at);  // once more, rather than to hold it in registers through the loop
+        Soft::template locate<TILE.rows(), int64_t>(call, mask, warp, ptx::block_index(), at);  // once more, rather than to hold it in registers through the loop
         Soft::write(call, at, rows, q, partials, out, lse,
                     [&](int channel) { return Finish::of(call, stats, at.kv_row, channel, at.k.n); });
     }

@@ -12,47 +12,32 @@
 
 namespace sage {
 
-// What the copies bring: at turn t K of tile t and V of tile t - 1, to stages that go round.
-template <int K_BYTES, int V_BYTES> struct Stages {
+// What the copies bring, block after block without a pause: at each turn K of the next tile and V of the one before it, and with
+// the first tile of a block its Q. Stages go round, and so do Q's places, of which as many may be in use.
+template <int Q_BYTES, int K_BYTES, int V_BYTES> struct Stages {
     static constexpr int COUNT = 3;
-    static constexpr int BYTES = COUNT * (K_BYTES + V_BYTES), BARRIER_BYTES = ((3 * COUNT + 1) * 8 + 15) / 16 * 16;
-    uint32_t shared;  // K's stages, then V's, then the barriers
+    static constexpr int BYTES = COUNT * (Q_BYTES + K_BYTES + V_BYTES);
+    static constexpr int BARRIERS = 3 * COUNT + 4, BARRIER_BYTES = (BARRIERS * 8 + 15) / 16 * 16;
+    uint32_t shared;  // Q's places, K's and V's stages, then the barriers
 
-    __device__ uint32_t k(int stage) const { return shared + stage * K_BYTES; }
-    __device__ uint32_t v(int stage) const { return shared + COUNT * K_BYTES + stage * V_BYTES; }
-    __device__ uint32_t full(int stage) const { return shared + BYTES + stage * 8; }  // by K's stage
+    __device__ uint32_t q(int place) const { return shared + place * Q_BYTES; }
+    __device__ uint32_t k(int stage) const { return shared + COUNT * Q_BYTES + stage * K_BYTES; }
+    __device__ uint32_t v(int stage) const { return shared + COUNT * (Q_BYTES + K_BYTES) + stage * V_BYTES; }
+    __device__ uint32_t full(int stage) const { return shared + BYTES + stage * 8; }
     __device__ uint32_t k_free(int stage) const { return full(COUNT + stage); }
     __device__ uint32_t v_free(int stage) const { return full(2 * COUNT + stage); }
+    __device__ uint32_t brief_ready(int which) const { return full(3 * COUNT + which); }
+    __device__ uint32_t brief_free(int which) const { return full(3 * COUNT + 2 + which); }
 
-    __device__ uint32_t finish_ready() const { return full(3 * COUNT); }
-
-    __device__ void init(int consumers, int helpers) const {
-        ptx::init_barrier(finish_ready(), helpers);
+    __device__ void init(int warpgroups, int helpers) const {
         for (int stage = 0; stage < COUNT; ++stage) {
             ptx::init_barrier(full(stage), 1);
-            ptx::init_barrier(k_free(stage), consumers);
-            ptx::init_barrier(v_free(stage), consumers);
+            ptx::init_barrier(k_free(stage), warpgroups);
+            ptx::init_barrier(v_free(stage), warpgroups);
         }
-    }
-    // For one thread: the first turn, which brings Q as well.
-    __device__ void begin(uint32_t q, const int8_t* q_from, int q_bytes, const int8_t* k_from) const {
-        ptx::expect_bytes(full(0), q_bytes + K_BYTES);
-        ptx::copy_bulk(q, q_from, q_bytes, full(0));
-        ptx::copy_bulk(k(0), k_from, K_BYTES, full(0));
-    }
-    // For the same thread: all others.
-    __device__ void fill(const int8_t* k_from, const uint8_t* v_from, int tiles) const {
-        int k_stage = 1, v_stage = 0, k_phase = 1, v_phase = 1;  // phases of the barriers that say a stage is free: at first it is
-        for (int turn = 1; turn <= tiles; ++turn) {
-            const bool with_k = turn < tiles;
-            // The last turn as well, which brings no K: what came to this barrier before has been waited for then.
-            ptx::sleep_on_barrier(k_free(k_stage), k_phase);
-            ptx::sleep_on_barrier(v_free(v_stage), v_phase);
-            ptx::expect_bytes(full(k_stage), (with_k ? K_BYTES : 0) + V_BYTES);
-            if (with_k) ptx::copy_bulk(k(k_stage), k_from + int64_t(turn) * K_BYTES, K_BYTES, full(k_stage));
-            ptx::copy_bulk(v(v_stage), v_from + int64_t(turn - 1) * V_BYTES, V_BYTES, full(k_stage));
-            if (++v_stage == COUNT) v_stage = 0, v_phase ^= 1;
-            if (++k_stage == COUNT) k_stage = 0, k_phase ^= 1;
+        for (int which = 0; which < 2; ++which) {
+            ptx::init_barrier(brief_ready(which), helpers);
+            ptx::init_barrier(brief_free(which), warpgroups * 128);
         }
     }
 };
@@ -62,10 +47,13 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct WgmmaAttention {
     static constexpr int ROWS = WGMMA_ROWS, WARPGROUPS = ROWS / 64;  // queries of a block, and those who own them
     static constexpr int THREADS = 128 * (WARPGROUPS + 1);
     static constexpr int K_BYTES = KEYS * DIM, V_BYTES = KEYS * V_DIM * v_bytes(MODE), Q_BYTES = ROWS * DIM;
-    using Tiles = Stages<K_BYTES, V_BYTES>;
+    // What the helpers have ready for a block, as 32-bit words from these on.
+    static constexpr int BRIEFS = 2;
+    static constexpr int FINISH = 0, Q_SCALES = FINISH + 2 * V_DIM, K_SCALES = Q_SCALES + ROWS, K_TOP = K_SCALES + 4 * KEYS / PANEL;
+    static constexpr int BAD = K_TOP + 1, BRIEF_BYTES = (BAD + 1 + 3) / 4 * 16;
+    using Tiles = Stages<Q_BYTES, K_BYTES, V_BYTES>;
     static constexpr int ALIGNMENT = 1024;  // of swizzled rows
-    static constexpr int FINISH_BYTES = 2 * V_DIM * 4 + 16;
-    static constexpr int SHARED_BYTES = ALIGNMENT + Q_BYTES + Tiles::BYTES + Tiles::BARRIER_BYTES + FINISH_BYTES;
+    static constexpr int SHARED_BYTES = ALIGNMENT + Tiles::BYTES + Tiles::BARRIER_BYTES + BRIEFS * BRIEF_BYTES;
     static constexpr int HELPERS = 96;  // threads: all of the first warpgroup whose warps do not copy
     static constexpr int REGISTERS = 240, COPY_REGISTERS = 24;  // of a thread: 2 * 128 * 240 + 128 * 24 are all there are
 
@@ -89,7 +77,7 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct WgmmaAttention {
         float grow[2];        // 2^(base - reference), of the sums in `part`
         typename Soft::Scales scale;  // of s
         float k_scale[GROUPS];        // of the next tile
-        int stage, next, phase;       // where the tile's V is and the next one's K; the phase of that one's barrier
+        int next, phase;              // where the tile's V is and the next one's K; the phase of their barrier
     };
 
     template <class T, int A, int B> __device__ static T (&flat(T (&x)[A][B]))[A * B] { return reinterpret_cast<T(&)[A * B]>(x); }
@@ -207,7 +195,7 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct WgmmaAttention {
     }
 
     __device__ static void multiply_pv(State& state, const Work& work, const typename Soft::Probabilities& p) {
-        const uint64_t v = work.v_rows + state.stage * (V_BYTES / 16);
+        const uint64_t v = work.v_rows + state.next * (V_BYTES / 16);
         if constexpr (IN_PLACE) multiply_pv(state.rows.acc[0], p, v);
         else multiply_pv(state.part, p, v);
     }
@@ -232,6 +220,13 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct WgmmaAttention {
         }
     }
 
+    // To the next stage; returns the one before.
+    __device__ static int advance(State& state) {
+        const int done = state.next;
+        if (++state.next == Tiles::COUNT) state.next = 0, state.phase ^= 1;
+        return done;
+    }
+
     // A tile whose scores are here, up to where those of the next one are.
     template <bool CAREFUL> __device__ static void turn(State& state, const Work& work, int tile) {
         const Tiles& tiles = work.tiles;
@@ -244,9 +239,7 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct WgmmaAttention {
         wgmma::fence();
         multiply_qk(state.s, work.q_rows, work.k_rows + state.next * (K_BYTES / 16));
         multiply_pv(state, work, p);
-        const int done = state.stage;
-        state.stage = state.next;
-        if (++state.next == Tiles::COUNT) state.next = 0, state.phase ^= 1;
+        const int done = advance(state);
         const uint32_t passed = ptx::barrier_passed(tiles.full(state.next), state.phase);
         add_up(state, sums);
         ptx::wait_barrier(tiles.full(state.next), state.phase, passed);
@@ -256,7 +249,7 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct WgmmaAttention {
         // Only when the largest are known, or the compiler would wait for P V before it looks for them: what is added is 0, which it
         // cannot see, as a batch is not negative.
         const uint32_t known = __float_as_uint(state.tops[0][0]) | __float_as_uint(state.tops[0][1]);
-        if (work.leads) ptx::arrive(tiles.k_free(state.stage) + ((known & uint32_t(work.call.batch)) >> 31));
+        if (work.leads) ptx::arrive(tiles.k_free(done) + ((known & uint32_t(work.call.batch)) >> 31));
         load_k_scale(state, work, tile + 2);
         await_pv(state);
         wgmma::changed(flat(state.s[0]));
@@ -273,24 +266,28 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct WgmmaAttention {
         multiply_pv(state, work, p);
         add_up(state, sums);
         await_pv(state);
+        if (work.leads) ptx::arrive(work.tiles.v_free(state.next));
         flush(state);
     }
 
     // First query of this warp; computed anew, rather than to hold it in a register through the loop.
     __device__ static int own_row(const typename Soft::Place& at) { return at.first + (ptx::thread_again() / 32 - 4) * 16; }
 
-    __device__ static void consume(const Call& call, typename Soft::Place& at, const KCodes& k, const QCodes& q, const Stats& stats,
-                                   const Tiles& tiles, uint32_t q_shared, State& state) {
-        Soft::start(state.rows, call, at, q);
+    __device__ static void consume(const Call& call, typename Soft::Place& at, const KCodes& k, const Tiles& tiles, uint32_t brief,
+                                   uint32_t q_shared, State& state) {
+        Soft::start(state.rows);
         wgmma::changed(flat(state.rows.acc[0]));
         if (at.tile_begin == at.tile_end) return;
-        const float k_top = __int_as_float(stats.k_top[at.kv_row]);
-        const float q_top = fmaxf(state.rows.scale[0][0], state.rows.scale[0][1]);
+        const auto said = [&](int word) { return __int_as_float(ptx::load_shared4(brief + word * 4)); };
+#pragma unroll
+        for (int r = 0; r < 2; ++r) state.rows.scale[0][r] = said(Q_SCALES + at.row - at.first + r * 8 + Soft::lane() / 4);
+#pragma unroll
+        for (int g = 0; g < GROUPS; ++g) state.k_scale[g] = said(K_SCALES + g * 4 + Soft::lane() % 4);
+        const float k_top = said(K_TOP), q_top = fmaxf(state.rows.scale[0][0], state.rows.scale[0][1]);
         const Work work{call, at, tiles, wgmma::descriptor<DIM>(q_shared), wgmma::descriptor<DIM>(tiles.k(0)),
                         wgmma::descriptor<WGMMA_PANEL>(tiles.v(0)),
                         k.scale + at.kv_row * call.k_groups() + threadIdx.x % 4 * call.k_sub / 4, threadIdx.x % 128 == 0,
                         !MASKED && __any_sync(0xFFFFFFFFu, k_top * q_top > Soft::LARGE)};
-        load_k_scale(state, work, at.tile_begin);
 #pragma unroll
         for (int j = 0; j < V_DIM / 8; ++j)
 #pragma unroll
@@ -299,22 +296,21 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct WgmmaAttention {
                 else state.part[j][i] = 0;
             }
         state.grow[0] = state.grow[1] = 0.0f;
-        state.stage = 0, state.next = 1, state.phase = 0;
-
-        ptx::wait_barrier(tiles.full(0), 0);
+        
         clear(state.s);
         wgmma::fence();
-        multiply_qk(state.s, work.q_rows, work.k_rows);
-        ptx::wait_barrier(tiles.full(1), 0);
+        multiply_qk(state.s, work.q_rows, work.k_rows + state.next * (K_BYTES / 16));
+        const int done = advance(state);
+        ptx::wait_barrier(tiles.full(state.next), state.phase);
         wgmma::wait<0>();
         wgmma::changed(flat(state.s[0]));
-        if (work.leads) ptx::arrive(tiles.k_free(0));
+        if (work.leads) ptx::arrive(tiles.k_free(done));
         find_tops<true>(state, work, at.tile_begin);
         find_base(state);
         load_k_scale(state, work, at.tile_begin + 1);
 
-        // Tiles before `plain` are followed by one that may be seen as a whole. The shuffle shows the compiler that a warp agrees.
         int tile = at.tile_begin;
+        // Tiles that are followed by one that may be seen as a whole. The shuffle shows the compiler that a warp agrees.
         const int plain = __shfl_sync(0xFFFFFFFFu, MASKED || work.large ? 0 : min(at.whole_end, at.tile_end) - 1, 0);
         for (; tile < plain; ++tile) turn<false>(state, work, tile);
         at.row = own_row(at);
@@ -322,53 +318,111 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct WgmmaAttention {
         end(state, work);
     }
 
-    // For the helpers: what Soft::write takes from memory, so that it is at hand by then. Scales, put_backs, and whether the head is bad.
-    __device__ static void prepare_finish(const Call& call, const Stats& stats, const typename Soft::Place& at, uint32_t to, uint32_t ready) {
-        for (int channel = threadIdx.x - (128 - HELPERS); channel < V_DIM; channel += HELPERS) {
-            const float2 finish = finish_of(call, stats, at.kv_row, channel, at.k.n);
-            ptx::store_shared4(to + channel * 4, __float_as_int(finish.x));
-            ptx::store_shared4(to + (V_DIM + channel) * 4, __float_as_int(finish.y));
-        }
-        ptx::store_shared4(to + 2 * V_DIM * 4, stats.bad[at.kv_row]);
-        ptx::arrive(ready);
+    // What one thread does: asks for the tiles of all blocks. They are numbered from the first head's on, and so are Q's.
+    template <class Blocks>
+    __device__ static void copy(const Call& call, const QCodes& q, const KCodes& k, const VCodes& v, const Tiles& tiles, const Blocks& blocks) {
+        int stage = 0, phase = 1, place = 0;  // at first the barriers that say a stage is free count as passed
+        int before = -1;                      // the last turn's tile
+        const auto turn = [&](int q_block, int tile) {
+            ptx::sleep_on_barrier(tiles.k_free(stage), phase);
+            ptx::sleep_on_barrier(tiles.v_free(stage), phase);
+            const uint32_t full = tiles.full(stage);
+            ptx::expect_bytes(full, (q_block >= 0 ? Q_BYTES : 0) + (tile >= 0 ? K_BYTES : 0) + (before >= 0 ? V_BYTES : 0));
+            if (q_block >= 0) ptx::copy_bulk(tiles.q(place), q.codes + int64_t(q_block) * Q_BYTES, Q_BYTES, full);
+            if (tile >= 0) ptx::copy_bulk(tiles.k(stage), k.codes + int64_t(tile) * K_BYTES, K_BYTES, full);
+            if (before >= 0) ptx::copy_bulk(tiles.v(stage), v.codes + int64_t(before) * V_BYTES, V_BYTES, full);
+            if (++stage == Tiles::COUNT) stage = 0, phase ^= 1;
+            before = tile;
+        };
+        blocks([&](const typename Soft::Place& at) {
+            const int first = int(at.kv_row) * (call.k_padded() / KEYS), end = first + at.tile_end;
+            int q_block = int(at.q_row) * (call.q_padded() / ROWS) + at.first / ROWS;
+            for (int tile = first + at.tile_begin; tile < end; ++tile, q_block = -1) turn(q_block, tile);
+            if (at.tile_begin < at.tile_end && ++place == Tiles::COUNT) place = 0;
+        });
+        if (before >= 0) turn(-1, -1);
+    }
+
+    // What the rest of its warpgroup does: gets from memory what the others will need, one block ahead of them.
+    template <class Blocks>
+    __device__ static void help(const Call& call, const QCodes& q, const KCodes& k, const Stats& stats, const Tiles& tiles, uint32_t briefs,
+                                const Blocks& blocks) {
+        const int thread = threadIdx.x - (128 - HELPERS);
+        int which = 0, phase = 1;
+        blocks([&](const typename Soft::Place& at) {
+            ptx::sleep_on_barrier(tiles.brief_free(which), phase);
+            const uint32_t to = briefs + which * BRIEF_BYTES;
+            const auto store = [&](int word, int32_t x) { ptx::store_shared4(to + word * 4, x); };
+            for (int row = thread; row < ROWS; row += HELPERS) store(Q_SCALES + row, __float_as_int(Soft::q_scale(call, at, q, at.first + row)));
+            if (thread < 4 * GROUPS && at.tile_begin < at.tile_end) {
+                const int64_t group = at.kv_row * call.k_groups() + (at.tile_begin * GROUPS + thread / 4) * call.k_sub;
+                store(K_SCALES + thread, __float_as_int(k.scale[group + thread % 4 * call.k_sub / 4]));
+            }
+            for (int channel = thread; channel < V_DIM; channel += HELPERS) {
+                const float2 finish = finish_of(call, stats, at.kv_row, channel, at.k.n);
+                store(FINISH + channel, __float_as_int(finish.x));
+                store(FINISH + V_DIM + channel, __float_as_int(finish.y));
+            }
+            if (thread == 0) store(K_TOP, stats.k_top[at.kv_row]), store(BAD, stats.bad[at.kv_row]);
+            ptx::arrive(tiles.brief_ready(which));
+            if ((which ^= 1) == 0) phase ^= 1;
+        });
     }
 
     __device__ static void run(const Call& call, const QCodes& q, const KCodes& k, const VCodes& v, const Stats& stats,
                                const Mask& mask, const Partials& partials, const View& out, float* lse) {
         extern __shared__ char shared[];
-        const uint32_t q_shared = (ptx::shared_address(shared) + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
-        const Tiles tiles{q_shared + Q_BYTES};
-        const uint32_t finish_shared = tiles.shared + Tiles::BYTES + Tiles::BARRIER_BYTES;
+        const Tiles tiles{(ptx::shared_address(shared) + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT};
+        const uint32_t briefs = tiles.shared + Tiles::BYTES + Tiles::BARRIER_BYTES;
         // The same in all threads of a warp: the shuffle shows that to the compiler, which then has descriptors ready in uniform registers.
         const int group = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 128, 0);
-        const int warp = threadIdx.x / 32 - 4;  // of those with queries
-        typename Soft::Place at;
-        if (!Soft::template locate<ROWS, uint32_t>(call, mask, warp, at)) return;
-        const int count = at.tile_end - at.tile_begin;
-        const int64_t first_key = at.kv_row * call.k_padded() + int64_t(at.tile_begin) * KEYS;
-        if (threadIdx.x == 0) {
-            tiles.init(WARPGROUPS, HELPERS);
-            if (count > 0) tiles.begin(q_shared, q.codes + (at.q_row * call.q_padded() + at.first) * DIM, Q_BYTES, k.codes + first_key * DIM);
-        }
+        if (threadIdx.x == 0) tiles.init(WARPGROUPS, HELPERS);
         __syncthreads();
 
+        // One query block after another; with a mask just one, as that leaves no registers for what is the same in all of them.
+        // One query block after another; with a mask just one, as that leaves no registers for what is the same in all of them.
+        const auto blocks = [&](const auto& each) {
+            uint32_t index = blockIdx.x;
+            const auto take = [&] {
+                typename Soft::Place at;
+                if (Soft::template locate<ROWS, uint32_t>(call, mask, ptx::thread_again() / 32 - 4, index, at)) each(at);
+            };
+            if constexpr (MASKED) return take();
+            const uint32_t all = uint32_t(call.q_rows()) * call.splits * ((call.nq + ROWS - 1) / ROWS);
+            for (; index < all; index += gridDim.x) take();
+        };
         if (group == 0) {
             asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COPY_REGISTERS));
-            if (threadIdx.x == 0) tiles.fill(k.codes + first_key * DIM, v.codes + first_key * (V_DIM * v_bytes(MODE)), count);
-            else if (threadIdx.x >= 128 - HELPERS) prepare_finish(call, stats, at, finish_shared, tiles.finish_ready());
+            if (threadIdx.x == 0) copy(call, q, k, v, tiles, blocks);
+            else if (threadIdx.x >= 128 - HELPERS) help(call, q, k, stats, tiles, briefs, blocks);
             return;
         }
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
         State state;
-        consume(call, at, k, q, stats, tiles, q_shared + (group - 1) * 64 * DIM, state);
-        ptx::wait_barrier(tiles.finish_ready(), 0);
-        if (ptx::load_shared4(finish_shared + 2 * V_DIM * 4)) return;  // the head has been computed exactly
-        at.row = own_row(at);
-        Soft::write(call, at, state.rows, q, partials, out, lse, [&](int channel) {
-            Finish f;
-            ptx::load_shared32(f.scale, finish_shared + channel * 4);
-            ptx::load_shared32(f.put_back, finish_shared + (V_DIM + channel) * 4);
-            return f;
+        state.next = 0, state.phase = 0;
+        int place = 0, which = 0, phase = 0;
+        bool begun = false;
+        blocks([&](typename Soft::Place at) {
+            const bool any = at.tile_begin < at.tile_end;
+            const uint32_t brief = briefs + which * BRIEF_BYTES;
+            ptx::wait_barrier(tiles.brief_ready(which), phase);
+            if (any && !begun) {
+                ptx::wait_barrier(tiles.full(0), 0);
+                if (threadIdx.x % 128 == 0) ptx::arrive(tiles.v_free(0));  // the first turn brings no V
+                begun = true;
+            }
+            consume(call, at, k, tiles, brief, tiles.q(place) + (group - 1) * 64 * DIM, state);
+            if (any && ++place == Tiles::COUNT) place = 0;
+            at.row = own_row(at);
+            if (!ptx::load_shared4(brief + BAD * 4))  // else the head has been computed exactly
+                Soft::write(call, at, state.rows, q, partials, out, lse, [&](int channel) {
+                    Finish f;
+                    ptx::load_shared32(f.scale, brief + (FINISH + channel) * 4);
+                    ptx::load_shared32(f.put_back, brief + (FINISH + V_DIM + channel) * 4);
+                    return f;
+                });
+            ptx::arrive(tiles.brief_free(which));
+            if ((which ^= 1) == 0) phase ^= 1;
         });
     }
 };

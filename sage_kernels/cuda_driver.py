@@ -13,7 +13,7 @@ from ctypes import byref, c_char_p, c_int, c_size_t, c_ubyte, c_uint, c_void_p
 from functools import lru_cache
 from typing import Any
 
-COMPUTE_CAPABILITY_MAJOR, COMPUTE_CAPABILITY_MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_...
+MULTIPROCESSOR_COUNT, COMPUTE_CAPABILITY_MAJOR, COMPUTE_CAPABILITY_MINOR = 16, 75, 76  # CU_DEVICE_ATTRIBUTE_...
 MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # CU_FUNC_ATTRIBUTE_...
 RELAXED = 2  # CU_STREAM_CAPTURE_MODE_...: loading code is none of a capture's business
 
@@ -97,12 +97,16 @@ class Device:
     """A device's primary context, the one that torch works in, and the code that has been loaded into it."""
 
     def __init__(self, index: int) -> None:
-        cuda, handle, context = library(), c_int(), c_void_p()
+        cuda, handle, context, count = library(), c_int(), c_void_p(), c_int()
         assert cuda is not None
-        error = cuda.cuDeviceGet(byref(handle), index) or cuda.cuDevicePrimaryCtxRetain(byref(context), handle)
+        error = (
+            cuda.cuDeviceGet(byref(handle), index)
+            or cuda.cuDeviceGetAttribute(byref(count), MULTIPROCESSOR_COUNT, handle)
+            or cuda.cuDevicePrimaryCtxRetain(byref(context), handle)
+        )
         if error or not context.value:
             raise RuntimeError(f"device {index} cannot be used: {said(error)}")
-        self.index, self.context = index, context.value
+        self.index, self.context, self.multiprocessors = index, context.value, count.value
         self._cuda, self._launch, self._current = cuda, cuda.cuLaunchKernel, cuda.cuCtxGetCurrent
         self._modules: dict[str, int] = {}
         self._lock = threading.Lock()

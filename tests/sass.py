@@ -185,6 +185,18 @@ class Kernel:
         for block in self.blocks:
             yield from block.instructions
 
+    def after(self, opcode: str) -> tuple[Instruction, list[Instruction]]:
+        """The first instruction that begins with this, and all that may follow it."""
+        here, at, given = next(
+            (number, at, i)
+            for number, block in enumerate(self.blocks)
+            for at, i in enumerate(block.instructions)
+            if i.opcode.startswith(opcode)
+        )
+        reached = _in_order(here, lambda number: self.blocks[number].after)
+        rest = [i for number in reached if number != here for i in self.blocks[number].instructions]
+        return given, self.blocks[here].instructions[at + 1 :] + rest
+
     @cached_property
     def loops(self) -> list[Loop]:
         """Natural loops: those of one head are one."""

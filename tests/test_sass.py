@@ -3,6 +3,7 @@
 No GPU is needed, but nvcc. Files are compiled once and kept in csrc/build/sass until a source changes.
 """
 
+import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -90,7 +91,8 @@ def test_wgmma(machine_code):
         mode, _, v_dim, _ = kernel.wgmma
         expected = {"IGMMA.64x128x32.S8.S8", WGMMA_PV[mode].format(v_dim)}
         loops = [sass.matrix_kinds(loop) for loop in kernel.main_loops]
-        assert loops == ([expected] if arch == "9.0" else []), f"{kernel} for {arch}"
+        count = 2 if arch == "9.0" else 0  # one for tiles of which everything may be seen
+        assert loops == [expected] * count, f"{kernel} for {arch}"
         assert arch == "9.0" or len(list(kernel)) < 50, f"{kernel} for {arch} should be empty"
 
 
@@ -120,9 +122,10 @@ def test_nothing_spills_in_a_main_loop(machine_code):
     spills, wide = {}, 0
     for kernel in attention_kernels(machine_code):
         count = sum(i.name in sass.SPILLS for loop in kernel.main_loops for i in loop)
+        few = 2 if kernel.template[-1] and arch == "9.0" else 0  # with a mask, where wgmma runs in its place
         if kernel.template[1] == 256:
             wide = max(wide, count)
-        elif count:
+        elif count > few:
             spills[f"{kernel} for {arch}"] = count
     assert not spills
     assert wide < 200, "at head_dim 256 it has become worse"
@@ -131,14 +134,28 @@ def test_nothing_spills_in_a_main_loop(machine_code):
 @needs_nvcc
 @pytest.mark.timeout(1800)
 def test_nothing_spills_in_a_loop_of_the_other_kernels(machine_code):
-    """But those with wgmma and a mask, for which 240 registers a thread are some too few."""
+    """But those with wgmma and a mask, for which 240 registers a thread are some too few. What copies for wgmma is not counted:
+    it has 24 registers and time."""
     arch, files = machine_code
     for kernels in files.values():
         for kernel in kernels:
             if kernel.template is None:
-                count = sum(i.name in sass.SPILLS for loop in kernel.loops for i in loop)
-                few = 30 if kernel.wgmma and kernel.wgmma[-1] else 0
+                loops = kernel.main_loops if kernel.wgmma else kernel.loops
+                count = sum(i.name in sass.SPILLS for loop in loops for i in loop)
+                few = 10 if kernel.wgmma and kernel.wgmma[-1] else 0
                 assert count <= few, f"{kernel} for {arch} ({kernel.registers} registers)"
+
+
+@needs_nvcc
+@pytest.mark.timeout(1800)
+def test_what_copies_for_wgmma_has_few_registers(machine_code):
+    """It gives all but 24 of them to the others, whatever the compiler then uses."""
+    arch, files = machine_code
+    kernels = [kernel for kernels in files.values() for kernel in kernels if kernel.wgmma and arch == "9.0"]
+    for kernel in kernels:
+        given, follows = kernel.after("USETMAXREG.DEALLOC")
+        used = {int(number) for i in follows for number in re.findall(r"\bR(\d+)\b", i.text)}
+        assert "0x18" in given.text and len(follows) > 100 and max(used) < 24, f"{kernel} uses R{max(used)}"
 
 
 # ---- the reader itself

@@ -43,6 +43,7 @@ template <Mode MODE, int M, int KEYS, int V_DIM, bool MASKED, int CHAINS> struct
 
     __device__ static int lane() { return threadIdx.x % 32; }
 
+    // Of a query.
     __device__ static float q_scale(const Call& call, const Place& at, const QCodes& q, int query) {
         const int block = 31 - __clz(call.q_block), sub = 31 - __clz(call.q_sub);  // both are powers of two
         return q.scale[at.q_row * (call.q_padded() >> block << sub) + (query >> block << sub) + (query % 8 << sub >> 3)];
@@ -51,13 +52,19 @@ template <Mode MODE, int M, int KEYS, int V_DIM, bool MASKED, int CHAINS> struct
     // Below every score: where a row's maximum starts. Finite, so that it can be subtracted.
     static constexpr float NOTHING = -3.4e38f;
 
+    __device__ static void load_q_scales(Rows& rows, const Call& call, const Place& at, const QCodes& q) {
+#pragma unroll
+        for (int m = 0; m < M; ++m)
+#pragma unroll
+            for (int r = 0; r < 2; ++r) rows.scale[m][r] = q_scale(call, at, q, at.row + m * 16 + r * 8 + lane() / 4);
+    }
+
     // Nothing seen yet.
-    __device__ static void start(Rows& rows, const Call& call, const Place& at, const QCodes& q) {
+    __device__ static void start(Rows& rows) {
 #pragma unroll
         for (int m = 0; m < M; ++m)
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
-                rows.scale[m][r] = q_scale(call, at, q, at.row + m * 16 + r * 8 + lane() / 4);
                 rows.top[m][r] = NOTHING;
                 rows.total[m][r] = 0.0f;
             }
@@ -292,9 +299,8 @@ template <Mode MODE, int M, int KEYS, int V_DIM, bool MASKED, int CHAINS> struct
 
     // Where this block of ROWS queries works, and its warp; false if it has no queries. Index: 32 bits divide faster, and not at all
     // by 1; but what the compiler computes for that it likes to hold in registers, which who calls this twice cannot spare.
-    template <int ROWS, class Index> __device__ static bool locate(const Call& call, const Mask& mask, int warp, Place& at) {
+    template <int ROWS, class Index> __device__ static bool locate(const Call& call, const Mask& mask, int warp, Index index, Place& at) {
         constexpr bool FAST = sizeof(Index) == 4;
-        Index index = ptx::block_index();
         const Index blocks = (call.nq + ROWS - 1) / ROWS;
         int block = int(index % blocks);
         if (call.is_causal) block = int(blocks) - 1 - block;  // the longest first

@@ -142,7 +142,7 @@ class Quantised:
         self.lse_shift = codes[0].take(torch.float32, b, heads, q_padded) if shifts else None
         self.k = codes[1].take(torch.int8, b, g, k_padded * dim)[..., k_places(k_padded, dim, wgmma)]
         self.k_scale = scales(codes[1], g, k_padded, gran.k_block, gran.k_sub)
-        assert torch.equal(k_top, self.k_scale.nan_to_num().flatten(2).amax(-1)) or lengths
+        assert lengths or torch.equal(k_top.nan_to_num(), self.k_scale.nan_to_num().flatten(2).amax(-1))
         code = CODES[pv.p_dtype]
         bits = codes[2].take(torch.uint8 if code.itemsize == 1 else torch.int16, b, g, k_padded * v_dim)
         self.v = bits[..., v_places(k_padded, v_dim, code.itemsize, wgmma)].view(code).float()
