@@ -188,7 +188,7 @@ def compile_program(library: ctypes.CDLL, source: str, code: str, names: Sequenc
     check(library.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernels.cu", 0, None, None), "creating")
     for name in names:
         check(library.nvrtcAddNameExpression(program, name.encode()), name)
-    options = [f"--gpu-architecture={code}", "--std=c++17", "--include-path=."]
+    options = [f"--gpu-architecture={code}", "--std=c++17", "--include-path=.", "--device-as-default-execution-space"]
     given = (ctypes.c_char_p * len(options))(*map(str.encode, options))
     failed = library.nvrtcCompileProgram(program, len(options), given)
     if failed:

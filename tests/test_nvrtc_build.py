@@ -4,6 +4,7 @@ Where NVRTC is there (PyPI has it) it compiles small kernels, which takes second
 """
 
 import dataclasses
+import zipfile
 from types import SimpleNamespace
 
 import pytest
@@ -125,6 +126,24 @@ def test_kernels_and_numbers(compiler, small_cubins):  # noqa: F811
         made.key_tile("int8/int32", 128, arch) for arch in made.ARCHS
     ]
     assert cubin_layout.WGMMA in made._archs["9.0"]["facts"] and cubin_layout.WGMMA not in made._archs["8.9"]["facts"]
+
+
+def test_every_header_compiles(compiler, tmp_path, monkeypatch):  # noqa: F811
+    """One kernel of each: NVRTC takes less than nvcc does, such as a lambda only where functions are the device's by default."""
+    layout = nvrtc._alone("cubin_layout")
+    every = layout.units
+
+    def first_of_each(facts):
+        headers = {}
+        for name, (header, kernels) in every(facts).items():
+            headers.setdefault(header, (name, dict([next(iter(kernels.items()))])))
+        return {name: (header, kernels) for header, (name, kernels) in headers.items()}
+
+    monkeypatch.setattr(layout, "units", first_of_each)
+    said = []
+    archive = nvrtc.compile_all(compiler, ["9.0"], 2, tmp_path, said.append)
+    with zipfile.ZipFile(archive) as files:
+        assert sum(name.startswith("9.0-") for name in files.namelist()) == 6
 
 
 def test_ptx_for_newer_gpus(compiler, small_cubins):  # noqa: F811
