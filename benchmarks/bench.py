@@ -230,7 +230,7 @@ def row_of(provider, shape, causal, **extra) -> dict:
         "mode": provider.mode,
     }
     measured = {"ms": None, "tflops": None, "rel_l2": None, "inputs": "gauss"}
-    intents = intents_of(provider, shape[-1])
+    intents = intents_of(provider)
     return {**fixed, **measured, **provider.details, **({"intents": intents} if intents else {}), **extra}
 
 

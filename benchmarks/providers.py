@@ -14,7 +14,6 @@ from sage_kernels import AttentionConfig, cuda
 from sage_kernels.dispatch import INTENTS, TABLE, Request, choose, default_device
 
 OURS = ("cuda", "triton", "reference")
-HEAD_DIMS = (64, 128)  # whose choices differ
 # Modes of the CUDA kernels that are timed on every shape; the others, which nothing picks by itself, on few.
 EVERYWHERE = ("int8/int32", "fp16/fp32", "fp8/fp32+fp16")
 
@@ -95,11 +94,10 @@ def all_ours(modes: list[str], backends: list[str], timed: bool) -> list[Provide
     if timed:  # what an intent comes to is measured once, whoever has it already
         by_kernel = {(p.backend, p.mode, p.details["qk_quant_gran"]): p for p in found if p}
         for intent in INTENTS:
-            for head_dim in HEAD_DIMS:
-                backend, mode, gran = what_serves(intent, head_dim)
-                if (backend, mode, gran) not in by_kernel and backend:
-                    config = AttentionConfig(backend=backend, pv_accum=mode, qk_quant_gran=gran)
-                    by_kernel[backend, mode, gran] = ours(config)
+            backend, mode, gran = what_serves(intent)
+            if (backend, mode, gran) not in by_kernel and backend:
+                config = AttentionConfig(backend=backend, pv_accum=mode, qk_quant_gran=gran)
+                by_kernel[backend, mode, gran] = ours(config)
         found = list(by_kernel.values())
     return [
         p for p in found
@@ -107,18 +105,18 @@ def all_ours(modes: list[str], backends: list[str], timed: bool) -> list[Provide
     ]  # fmt: skip
 
 
-def what_serves(intent: str, head_dim: int) -> tuple[str, str, str]:
+def what_serves(intent: str) -> tuple[str, str, str]:
     """Backend, mode and granularity of an intent on this machine."""
     device = default_device()
     config = AttentionConfig(intent=intent, backend="reference" if device.type == "cpu" else "auto")
-    choice = choose(Request(config, device, head_dim))
+    choice = choose(Request(config, device))
     return choice.backend, choice.mode, choice.config.qk_quant_gran
 
 
-def intents_of(provider: Provider, head_dim: int) -> list[str]:
+def intents_of(provider: Provider) -> list[str]:
     """What a kernel of ours is chosen for."""
     this = provider.backend, provider.mode, provider.details.get("qk_quant_gran")
-    return [intent for intent in INTENTS if provider.backend in OURS and what_serves(intent, head_dim) == this]
+    return [intent for intent in INTENTS if provider.backend in OURS and what_serves(intent) == this]
 
 
 class Quantisation:

@@ -106,4 +106,4 @@ def explain(
         )
     except (TypeError, ValueError) as error:
         return Choice(str(error))
-    return chosen(config.encode(), str(q.device), q.shape[-1])
+    return chosen(config.encode(), str(q.device))

@@ -25,7 +25,6 @@ class Request:
 
     config: AttentionConfig
     device: torch.device
-    head_dim: int = 128
 
 
 @dataclass(frozen=True)
@@ -59,13 +58,13 @@ Auto = dict[str, tuple[str, str]]  # intent -> (pv_accum, qk_quant_gran)
 class Backend:
     """One row of the table. `blocked` gives the reason this machine or device cannot use it, or None.
 
-    modes and auto are asked only of a device that is not blocked. auto: what each intent gets there at a head_dim.
+    modes and auto are asked only of a device that is not blocked. auto: what each intent gets there.
     """
 
     name: str
     blocked: Callable[[torch.device], str | None]
     modes: Callable[[torch.device], tuple[str, ...]]
-    auto: Callable[[torch.device, int], Auto]
+    auto: Callable[[torch.device], Auto]
 
 
 def interpreting() -> bool:
@@ -122,25 +121,13 @@ CUDA_AUTO = {
     "8.6": _auto(INT8, FP16),
     # int8 has the rate of fp8/fp32+fp16 and twice that of fp8/fp32+fp32
     "8.9": _auto(INT8, FP16),
-    # wgmma: fp8 is faster by a twentieth at most, at twice the error; fp16/fp32 slower by an eighth at three quarters of it
+    # wgmma: fp8 is faster by a twentieth at most, at twice the error; fp16/fp32 slower by a tenth to a quarter at three quarters of it
     "9.0": _auto(INT8, FP16),
     # int8 is the only 8-bit mma.sync there: of fp8 it is fp16's with unpacking before it
     "10.0": _auto(INT8, FP16),
     # as 8.9
     "12.0": _auto(INT8, FP16),
 }
-
-# The same for head_dim up to 64, where it differs.
-CUDA_AUTO_64 = {
-    # half the matrix work for as many exponentials, so that 8-bit PV gains nothing: fp16/fp32 was measured to be as fast or faster
-    "9.0": _auto(FP16, FP16),
-}
-
-
-def _cuda_auto(device: torch.device, head_dim: int) -> Auto:
-    arch = cuda.arch(device)
-    return CUDA_AUTO_64.get(arch, CUDA_AUTO[arch]) if head_dim <= 64 else CUDA_AUTO[arch]
-
 
 # On Triton fp16 PV is at once the fastest and the most accurate: 8-bit P has to be moved between registers before the
 # matrix unit can read it, which costs more than the faster matrix instruction gains (docs/triton.md has the numbers).
@@ -152,11 +139,9 @@ TRITON_AUTO = _auto(("fp16/fp32", "per_warp"), FP16)
 REFERENCE_AUTO = _auto(FP16, FP16)
 
 TABLE = (
-    Backend("cuda", cuda.blocked, cuda.modes, _cuda_auto),
-    Backend(
-        "triton", _triton_blocked, lambda device: ("fp16/fp32", "int8/int32"), lambda device, head_dim: TRITON_AUTO
-    ),
-    Backend("reference", lambda device: None, lambda device: PV_MODES, lambda device, head_dim: REFERENCE_AUTO),
+    Backend("cuda", cuda.blocked, cuda.modes, lambda device: CUDA_AUTO[cuda.arch(device)]),
+    Backend("triton", _triton_blocked, lambda device: ("fp16/fp32", "int8/int32"), lambda device: TRITON_AUTO),
+    Backend("reference", lambda device: None, lambda device: PV_MODES, lambda device: REFERENCE_AUTO),
 )
 
 # Backends are asked in the table's order. Where mode and backend are left to us, these are asked first: compute capability
@@ -175,10 +160,7 @@ def _in_order(request: Request) -> tuple[Backend, ...]:
     first = FIRST.get(torch.cuda.get_device_capability(device), {}).get(config.intent)
     for backend in TABLE:
         # also where its own choice was asked for by name
-        if backend.name == first and config.pv_accum in (
-            "auto",
-            backend.auto(device, request.head_dim)[config.intent][0],
-        ):
+        if backend.name == first and config.pv_accum in ("auto", backend.auto(device)[config.intent][0]):
             return (backend, *(other for other in TABLE if other is not backend))
     return TABLE
 
@@ -196,22 +178,15 @@ def availability(device: torch.device | str | None = None) -> dict[str, str]:
     return {backend.name: backend.blocked(device) or "yes" for backend in TABLE}
 
 
-def chosen(config: str, device: str, head_dim: int) -> Choice:
-    """`choose` for torch.compile: its answer is a constant of the graph.
-
-    A head_dim that torch.compile does not know is compared here, and becomes one of a few that it does.
-    """
-    return _chosen(config, device, padded_head_dim(head_dim))
-
-
 @torch.compiler.assume_constant_result
-def _chosen(config: str, device: str, head_dim: int) -> Choice:
-    return choose(Request(AttentionConfig.decode(config), torch.device(device), head_dim))
+def chosen(config: str, device: str) -> Choice:
+    """`choose` for torch.compile: its answer is a constant of the graph."""
+    return choose(Request(AttentionConfig.decode(config), torch.device(device)))
 
 
 # The fewest tokens, of queries and of keys, from which auto's whole calls were measured to be about as fast as torch's own
 # attention, or faster: backend and compute capability -> padded head_dim -> tokens. On an H200 (docs/numbers.md): of 4,096 to 4,608
-# tokens a call is at 0.94 to 1.03 times torch's speed, and a step of Flux.1 dev, whose calls are of 4,608, at 1.02.
+# tokens a call is at 1.02 to 1.14 times torch's speed, and a step of Flux.1 dev, whose calls are of 4,608, at 1.03.
 NEVER = 1 << 20  # not at any length that was measured
 BREAK_EVEN = {
     ("cuda", (9, 0)): {64: 16384, 128: 4096},
@@ -264,7 +239,7 @@ def _refusal(backend: Backend, request: Request) -> str | None:
 def _resolve(backend: Backend, request: Request) -> tuple[AttentionConfig, tuple[str, ...]]:
     """Every "auto" filled in and, where config is not strict, a mode the backend lacks replaced by one it has."""
     config, modes = request.config, backend.modes(request.device)
-    auto_mode, auto_gran = backend.auto(request.device, request.head_dim)[config.intent]
+    auto_mode, auto_gran = backend.auto(request.device)[config.intent]
     notes = []
     mode = auto_mode if config.pv_accum == "auto" else config.pv_accum
     if mode not in modes:

@@ -58,7 +58,7 @@ def run(
     """Serve one call. `qkv` is emptied as early as the backend can, so that a caller who let go of them frees memory."""
     if any(x.stride(-1) != 1 and x.shape[-1] > 1 for x in qkv):  # a compiler may have changed what was checked
         raise ValueError("q, k and v must have stride 1 along head_dim")
-    choice = accept(Request(config, qkv[0].device, qkv[0].shape[-1]))
+    choice = accept(Request(config, qkv[0].device))
     if choice.backend in KERNELS:
         serve = kernels(choice.backend).attention
         return serve(qkv, attn_mask, tensor_layout, is_causal, sm_scale, return_lse, choice.config)
@@ -85,7 +85,7 @@ def attention_varlen(
     config: str,
 ) -> Tensor:
     """Packed sequences: q [total_q, heads, d], k and v [total_k, kv_heads, d], int32 cu_seqlens of sequences + 1."""
-    choice = accept(Request(AttentionConfig.decode(config), q.device, q.shape[-1]))
+    choice = accept(Request(AttentionConfig.decode(config), q.device))
     if choice.backend in KERNELS:
         serve = kernels(choice.backend).attention_varlen
         return serve(
