@@ -1,8 +1,9 @@
 // Attention with wgmma, for compute capability 9.0 alone: INT8 Q K^T and PV in the modes of has_wgmma.
 //
-// A block has 128 queries and three warpgroups. One thread of the first asks for tiles of K and V, which copies bring into shared
-// memory; the other two each own 64 queries. What a warpgroup does with each tile is in consume(): its matrix products run in
-// the background of its own softmax and of the other's. docs/hopper.md draws it and lists what else was tried.
+// A block has three warpgroups and takes 128 queries at a time. One thread of the first asks for Q and for tiles of K and V, which
+// copies bring into shared memory (copy), and its other warps for what else is needed (help); the other two each own 64 queries. What
+// these do with a tile is in turn(): a warpgroup's matrix products run in the background of its own softmax and of the other's.
+// docs/hopper.md draws it and lists what else was tried.
 #pragma once
 
 #include "common/softmax.cuh"
@@ -163,7 +164,7 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct WgmmaAttention {
         for (int g = 0; g < GROUPS; ++g) state.k_scale[g] = from[g * work.call.k_sub];
     }
 
-    // The scores of a tile have arrived: this thread's largest. CAREFUL here and below: not all keys may be seen, or scores are large.
+    // The scores of a tile have arrived: this thread's largest. CAREFUL, here and below: some keys may be hidden, or scores large.
     template <bool CAREFUL> __device__ static void find_tops(State& state, const Work& work, int tile) {
         Soft::template scales<CAREFUL>(state.scale, state.rows, state.k_scale);
         if (CAREFUL && (MASKED || tile >= work.at.whole_end))
@@ -246,8 +247,8 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct WgmmaAttention {
         wgmma::wait<1>();
         wgmma::changed(flat(state.s[0]));
         find_tops<CAREFUL>(state, work, tile + 1);
-        // Only when the largest are known, or the compiler would wait for P V before it looks for them: what is added is 0, which it
-        // cannot see, as a batch is not negative.
+        // Only when the largest are known, or the compiler would wait for P V before it looks for them. What is added is 0, as a batch
+        // is not negative, which it cannot see.
         const uint32_t known = __float_as_uint(state.tops[0][0]) | __float_as_uint(state.tops[0][1]);
         if (work.leads) ptx::arrive(tiles.k_free(done) + ((known & uint32_t(work.call.batch)) >> 31));
         load_k_scale(state, work, tile + 2);
@@ -296,7 +297,7 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct WgmmaAttention {
                 else state.part[j][i] = 0;
             }
         state.grow[0] = state.grow[1] = 0.0f;
-        
+
         clear(state.s);
         wgmma::fence();
         multiply_qk(state.s, work.q_rows, work.k_rows + state.next * (K_BYTES / 16));
@@ -343,7 +344,7 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct WgmmaAttention {
         if (before >= 0) turn(-1, -1);
     }
 
-    // What the rest of its warpgroup does: gets from memory what the others will need, one block ahead of them.
+    // What the other warps of its warpgroup do: get from memory what will be needed, one block ahead of those who need it.
     template <class Blocks>
     __device__ static void help(const Call& call, const QCodes& q, const KCodes& k, const Stats& stats, const Tiles& tiles, uint32_t briefs,
                                 const Blocks& blocks) {
@@ -379,7 +380,6 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct WgmmaAttention {
         if (threadIdx.x == 0) tiles.init(WARPGROUPS, HELPERS);
         __syncthreads();
 
-        // One query block after another; with a mask just one, as that leaves no registers for what is the same in all of them.
         // One query block after another; with a mask just one, as that leaves no registers for what is the same in all of them.
         const auto blocks = [&](const auto& each) {
             uint32_t index = blockIdx.x;
