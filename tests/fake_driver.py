@@ -39,7 +39,9 @@ class FakeDriver:
         return 0
 
     def cuDeviceGetAttribute(self, out, attribute, device):
-        out._obj.value = self.capabilities[device.value][attribute - 75]
+        multiprocessors, major, minor = 16, 75, 76
+        known = {multiprocessors: 132, **dict(zip((major, minor), self.capabilities[device.value], strict=True))}
+        out._obj.value = known[attribute]
         return 0
 
     def cuDevicePrimaryCtxRetain(self, out, device):

@@ -149,8 +149,8 @@ template <Mode MODE, int M, int KEYS, int V_DIM, bool MASKED, int CHAINS> struct
         Scales scale, offset;
     };
 
-    // Of a scale: up to it the rounding of an exponent's offset moves P by a sixty-fourth of an octave at most, and all of a row's by
-    // the same. Ordinary inputs have some 1e-4.
+    // Of a scale: up to it the rounding of an exponent's offset lowers P by less than a sixty-fourth of an octave. Ordinary inputs have
+    // some 1e-4.
     static constexpr float LARGE = 1.0f / 64;
     __device__ static bool large(const Scales& scale) {
         bool large = false;
