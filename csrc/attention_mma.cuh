@@ -268,7 +268,8 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct Attention {
             which ^= 1;
             multiply_pv(rows, p, turn, v_here, v_first, k_first, own + which * K_BYTES);
         }
-        Soft::template locate<TILE.rows(), int64_t>(call, mask, warp, ptx::block_index(), at);  // once more, rather than to hold it in registers through the loop
+        // Once more, rather than to hold it in registers through the loop.
+        Soft::template locate<TILE.rows(), int64_t>(call, mask, warp, ptx::block_index(), at);
         Soft::write(call, at, rows, q, partials, out, lse,
                     [&](int channel) { return Finish::of(call, stats, at.kv_row, channel, at.k.n); });
     }

@@ -17,8 +17,9 @@ namespace sage {
 // the first tile of a block its Q. Stages go round, and so do Q's places, of which as many may be in use.
 template <int Q_BYTES, int K_BYTES, int V_BYTES> struct Stages {
     static constexpr int COUNT = 3;
+    static constexpr int BRIEFS = 2;  // what the helpers have ready (WgmmaAttention::help): of this block and the next
     static constexpr int BYTES = COUNT * (Q_BYTES + K_BYTES + V_BYTES);
-    static constexpr int BARRIERS = 3 * COUNT + 4, BARRIER_BYTES = (BARRIERS * 8 + 15) / 16 * 16;
+    static constexpr int BARRIERS = 3 * COUNT + 2 * BRIEFS, BARRIER_BYTES = (BARRIERS * 8 + 15) / 16 * 16;
     uint32_t shared;  // Q's places, K's and V's stages, then the barriers
 
     __device__ uint32_t q(int place) const { return shared + place * Q_BYTES; }
@@ -28,7 +29,7 @@ template <int Q_BYTES, int K_BYTES, int V_BYTES> struct Stages {
     __device__ uint32_t k_free(int stage) const { return full(COUNT + stage); }
     __device__ uint32_t v_free(int stage) const { return full(2 * COUNT + stage); }
     __device__ uint32_t brief_ready(int which) const { return full(3 * COUNT + which); }
-    __device__ uint32_t brief_free(int which) const { return full(3 * COUNT + 2 + which); }
+    __device__ uint32_t brief_free(int which) const { return full(3 * COUNT + BRIEFS + which); }
 
     __device__ void init(int warpgroups, int helpers) const {
         for (int stage = 0; stage < COUNT; ++stage) {
@@ -36,7 +37,7 @@ template <int Q_BYTES, int K_BYTES, int V_BYTES> struct Stages {
             ptx::init_barrier(k_free(stage), warpgroups);
             ptx::init_barrier(v_free(stage), warpgroups);
         }
-        for (int which = 0; which < 2; ++which) {
+        for (int which = 0; which < BRIEFS; ++which) {
             ptx::init_barrier(brief_ready(which), helpers);
             ptx::init_barrier(brief_free(which), warpgroups * 128);
         }
@@ -48,13 +49,12 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct WgmmaAttention {
     static constexpr int ROWS = WGMMA_ROWS, WARPGROUPS = ROWS / 64;  // queries of a block, and those who own them
     static constexpr int THREADS = 128 * (WARPGROUPS + 1);
     static constexpr int K_BYTES = KEYS * DIM, V_BYTES = KEYS * V_DIM * v_bytes(MODE), Q_BYTES = ROWS * DIM;
-    // What the helpers have ready for a block, as 32-bit words from these on.
-    static constexpr int BRIEFS = 2;
+    // A brief: 32-bit words, from these on.
     static constexpr int FINISH = 0, Q_SCALES = FINISH + 2 * V_DIM, K_SCALES = Q_SCALES + ROWS, K_TOP = K_SCALES + 4 * KEYS / PANEL;
     static constexpr int BAD = K_TOP + 1, BRIEF_BYTES = (BAD + 1 + 3) / 4 * 16;
     using Tiles = Stages<Q_BYTES, K_BYTES, V_BYTES>;
     static constexpr int ALIGNMENT = 1024;  // of swizzled rows
-    static constexpr int SHARED_BYTES = ALIGNMENT + Tiles::BYTES + Tiles::BARRIER_BYTES + BRIEFS * BRIEF_BYTES;
+    static constexpr int SHARED_BYTES = ALIGNMENT + Tiles::BYTES + Tiles::BARRIER_BYTES + Tiles::BRIEFS * BRIEF_BYTES;
     static constexpr int HELPERS = 96;  // threads: all of the first warpgroup whose warps do not copy
     static constexpr int REGISTERS = 240, COPY_REGISTERS = 24;  // of a thread: 2 * 128 * 240 + 128 * 24 are all there are
 
@@ -354,7 +354,8 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct WgmmaAttention {
             ptx::sleep_on_barrier(tiles.brief_free(which), phase);
             const uint32_t to = briefs + which * BRIEF_BYTES;
             const auto store = [&](int word, int32_t x) { ptx::store_shared4(to + word * 4, x); };
-            for (int row = thread; row < ROWS; row += HELPERS) store(Q_SCALES + row, __float_as_int(Soft::q_scale(call, at, q, at.first + row)));
+            for (int row = thread; row < ROWS; row += HELPERS)
+                store(Q_SCALES + row, __float_as_int(Soft::q_scale(call, at, q, at.first + row)));
             if (thread < 4 * GROUPS && at.tile_begin < at.tile_end) {
                 const int64_t group = at.kv_row * call.k_groups() + (at.tile_begin * GROUPS + thread / 4) * call.k_sub;
                 store(K_SCALES + thread, __float_as_int(k.scale[group + thread % 4 * call.k_sub / 4]));

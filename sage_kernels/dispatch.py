@@ -180,7 +180,7 @@ def availability(device: torch.device | str | None = None) -> dict[str, str]:
 
 @torch.compiler.assume_constant_result
 def chosen(config: str, device: str) -> Choice:
-    """`choose` for torch.compile: its answer is a constant of the graph."""
+    """`choose` for torch.compile: run once while tracing, its answer a constant of the graph."""
     return choose(Request(AttentionConfig.decode(config), torch.device(device)))
 
 
