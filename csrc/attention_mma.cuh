@@ -27,7 +27,7 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct Attention {
     using TileCopies = Copies<THREADS, K_BYTES, V_BYTES>;
     static constexpr int V_ROWS = KEYS * v_bytes(MODE) / PANEL;  // 64-byte rows of one channel in a tile
     static constexpr int J = TILE.chains;
-    using Soft = Softmax<MODE, M, KEYS, V_DIM, MASKED, 1>;
+    using Soft = Softmax<MODE, M, KEYS, V_DIM, MASKED, false>;
     using Pv = typename Soft::Pv;
     using Scores = typename Soft::Scores;
     using Probabilities = typename Soft::Probabilities;

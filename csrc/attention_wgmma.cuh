@@ -58,7 +58,7 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct WgmmaAttention {
     static constexpr int HELPERS = 96;  // threads: all of the first warpgroup whose warps do not copy
     static constexpr int REGISTERS = 240, COPY_REGISTERS = 24;  // of a thread: 2 * 128 * 240 + 128 * 24 are all there are
 
-    using Soft = Softmax<MODE, 1, KEYS, V_DIM, MASKED, 2>;
+    using Soft = Softmax<MODE, 1, KEYS, V_DIM, MASKED, true>;
     using Pv = typename Soft::Pv;
     static constexpr int GROUPS = Soft::GROUPS;
     static constexpr bool IN_PLACE = Pv::IN_PLACE;
@@ -92,19 +92,19 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct WgmmaAttention {
         wgmma::changed(flat(s[0]));
     }
 
-    __device__ static void multiply_qk(typename Soft::Scores& s, uint64_t q, uint64_t k) {
+    __device__ static void multiply_qk(typename Soft::Scores& s, uint32_t q, uint32_t k) {
 #pragma unroll
         for (int step = 0; step < DIM / 32; ++step)
-            wgmma::mma_s8(flat(s[0]), q + step * wgmma::STEP, k + step * wgmma::STEP);
+            wgmma::mma_s8(flat(s[0]), wgmma::whole<DIM>(q + step * wgmma::STEP), wgmma::whole<DIM>(k + step * wgmma::STEP));
         wgmma::commit();
     }
 
     // v: of the tile's rows, each 128 bytes of keys; of 2-byte codes two such panels.
-    template <class Sums> __device__ static void multiply_pv(Sums& sums, const typename Soft::Probabilities& p, uint64_t v) {
+    template <class Sums> __device__ static void multiply_pv(Sums& sums, const typename Soft::Probabilities& p, uint32_t v) {
 #pragma unroll
         for (int step = 0; step < Soft::P_WORDS / 2; ++step) {
             const uint32_t a[4] = {p[0][0][2 * step], p[0][1][2 * step], p[0][0][2 * step + 1], p[0][1][2 * step + 1]};
-            const uint64_t b = v + step / 4 * (V_DIM * WGMMA_PANEL / 16) + step % 4 * wgmma::STEP;
+            const uint64_t b = wgmma::whole<WGMMA_PANEL>(v + step / 4 * (V_DIM * WGMMA_PANEL / 16) + step % 4 * wgmma::STEP);
             const bool add = IN_PLACE || step > 0;
             if constexpr (p_type(MODE) == PType::u8) wgmma::mma_u8s8(flat(sums), a, b, add);
             else if constexpr (p_type(MODE) == PType::f16) wgmma::mma_f16(flat(sums), a, b, add);
@@ -152,7 +152,7 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct WgmmaAttention {
         const Call& call;
         const typename Soft::Place& at;
         const Tiles& tiles;
-        uint64_t q_rows, k_rows, v_rows;  // descriptors: of Q, and of the first stages
+        uint32_t q_rows, k_rows, v_rows;  // descriptors: of Q, and of the first stages
         const float* k_scales;            // of this thread's keys
         bool leads;                       // this thread speaks for its warpgroup
         bool large;                       // some scores may count much (Softmax::exponent)
@@ -188,6 +188,7 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct WgmmaAttention {
     // From the scores of a tile to P. The sums of the tile before are added meanwhile.
     template <bool CAREFUL>
     __device__ static void weigh(State& state, const Work& work, typename Soft::Probabilities& p, float (&sums)[1][2]) {
+        find_base(state);
         if constexpr (IN_PLACE) rescale(state);
         const auto exponent = Soft::exponent(state.s, state.base, state.scale, work.call.p_max_log2, CAREFUL && work.large);
         flush(state);
@@ -196,7 +197,7 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct WgmmaAttention {
     }
 
     __device__ static void multiply_pv(State& state, const Work& work, const typename Soft::Probabilities& p) {
-        const uint64_t v = work.v_rows + state.next * (V_BYTES / 16);
+        const uint32_t v = work.v_rows + state.next * (V_BYTES / 16);
         if constexpr (IN_PLACE) multiply_pv(state.rows.acc[0], p, v);
         else multiply_pv(state.part, p, v);
     }
@@ -255,7 +256,6 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct WgmmaAttention {
         await_pv(state);
         wgmma::changed(flat(state.s[0]));
         if (work.leads) ptx::arrive(tiles.v_free(done));
-        find_base(state);
     }
 
     // The last tile: no other follows.
@@ -307,7 +307,6 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct WgmmaAttention {
         wgmma::changed(flat(state.s[0]));
         if (work.leads) ptx::arrive(tiles.k_free(done));
         find_tops<true>(state, work, at.tile_begin);
-        find_base(state);
         load_k_scale(state, work, at.tile_begin + 1);
 
         int tile = at.tile_begin;

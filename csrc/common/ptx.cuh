@@ -196,6 +196,22 @@ __device__ __forceinline__ uint32_t add_f16x2(uint32_t a, uint32_t b) {
     return y;
 }
 
+// Four numbers as the bytes of a word, the first in the low one, rounded to the nearest integers from 0 to 255. Two instructions.
+__device__ __forceinline__ uint32_t to_u8x4(const float* x) {
+    uint32_t y;
+    asm("{\n"
+        ".reg .s32 a, b, c, d;\n"
+        ".reg .b32 high;\n"
+        "cvt.rni.s32.f32 a, %1;\n"
+        "cvt.rni.s32.f32 b, %2;\n"
+        "cvt.rni.s32.f32 c, %3;\n"
+        "cvt.rni.s32.f32 d, %4;\n"
+        "cvt.pack.sat.u8.s32.b32 high, d, c, 0;\n"
+        "cvt.pack.sat.u8.s32.b32 %0, b, a, high;\n"
+        "}" : "=r"(y) : "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3]));
+    return y;
+}
+
 __device__ __forceinline__ uint16_t to_bf16(float x) {
     uint32_t y;
 #if __CUDA_ARCH__ >= 800

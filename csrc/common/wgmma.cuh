@@ -24,10 +24,12 @@ template <class T, int N> __device__ __forceinline__ void changed(T (&x)[N]) {
     for (int i = 0; i < N; ++i) changed(x[i]);
 }
 
-// ROW_BYTES: of a row of the operand, 64 or 128, which is its swizzle as well. The address is a multiple of 1024.
-template <int ROW_BYTES> __device__ __forceinline__ uint64_t descriptor(uint32_t shared) {
+// ROW_BYTES: of a row of the operand, 64 or 128, which is its swizzle as well. The address is a multiple of 1024. This is the half of a
+// descriptor that differs from one operand to another; whole() adds the other.
+template <int ROW_BYTES> __device__ __forceinline__ uint32_t descriptor(uint32_t shared) { return shared >> 4 | 1 << 16; }
+template <int ROW_BYTES> __device__ __forceinline__ uint64_t whole(uint32_t descriptor) {
     constexpr uint64_t SWIZZLE = ROW_BYTES == 128 ? 1 : 2, NEXT_8_ROWS = 8 * ROW_BYTES / 16;
-    return uint64_t(shared >> 4) | uint64_t(1) << 16 | NEXT_8_ROWS << 32 | SWIZZLE << 62;
+    return descriptor | (NEXT_8_ROWS | SWIZZLE << 30) << 32;
 }
 
 // The text of an instruction names its registers by number: COUNT accumulators first, the other operands from COUNT on.
