@@ -121,7 +121,7 @@ CUDA_AUTO = {
     "8.6": _auto(INT8, FP16),
     # int8 has the rate of fp8/fp32+fp16 and twice that of fp8/fp32+fp32
     "8.9": _auto(INT8, FP16),
-    # wgmma: fp8 is faster by a twentieth at most, at twice the error; fp16/fp32 slower by a tenth to a quarter at three quarters of it
+    # wgmma: fp8 is not faster, at twice the error; fp16/fp32 slower by a twentieth to a quarter, at three quarters of it
     "9.0": _auto(INT8, FP16),
     # int8 is the only 8-bit mma.sync there: of fp8 it is fp16's with unpacking before it
     "10.0": _auto(INT8, FP16),
