@@ -152,7 +152,7 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct WgmmaAttention {
         const Call& call;
         const typename Soft::Place& at;
         const Tiles& tiles;
-        uint32_t q_rows, k_rows, v_rows;  // descriptors: of Q, and of the first stages
+        uint32_t q_rows, k_rows, v_rows;  // wgmma::descriptor of Q, and of the first stages
         const float* k_scales;            // of this thread's keys
         bool leads;                       // this thread speaks for its warpgroup
         bool large;                       // some scores may count much (Softmax::exponent)
@@ -185,7 +185,7 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct WgmmaAttention {
         wgmma::changed(state.base[0]);
     }
 
-    // From the scores of a tile to P. The sums of the tile before are added meanwhile.
+    // From the scores of a tile to P. The rows' largest are exchanged, and the sums of the tile before added, meanwhile.
     template <bool CAREFUL>
     __device__ static void weigh(State& state, const Work& work, typename Soft::Probabilities& p, float (&sums)[1][2]) {
         find_base(state);
@@ -285,8 +285,8 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct WgmmaAttention {
 #pragma unroll
         for (int g = 0; g < GROUPS; ++g) state.k_scale[g] = said(K_SCALES + g * 4 + Soft::lane() % 4);
         const float k_top = said(K_TOP), q_top = fmaxf(state.rows.scale[0][0], state.rows.scale[0][1]);
-        const Work work{call, at, tiles, wgmma::descriptor<DIM>(q_shared), wgmma::descriptor<DIM>(tiles.k(0)),
-                        wgmma::descriptor<WGMMA_PANEL>(tiles.v(0)),
+        const Work work{call, at, tiles, wgmma::descriptor(q_shared), wgmma::descriptor(tiles.k(0)),
+                        wgmma::descriptor(tiles.v(0)),
                         k.scale + at.kv_row * call.k_groups() + threadIdx.x % 4 * call.k_sub / 4, threadIdx.x % 128 == 0,
                         !MASKED && __any_sync(0xFFFFFFFFu, k_top * q_top > Soft::LARGE)};
 #pragma unroll

@@ -197,8 +197,8 @@ template <Mode MODE, int M, int KEYS, int V_DIM, bool MASKED, bool WGMMA> struct
         return e;
     }
 
-    // 8-bit codes by the conversion that wgmma's kernel is 3 % faster with: in attention_mma's it spills, and on other cards nobody
-    // has measured it.
+    // For attention_wgmma 8-bit codes by another conversion than pv.cuh's, which is faster there (docs/hopper.md): attention_mma then
+    // spills, and on other cards it was not measured.
     __device__ static uint32_t pack(const float* p) {
         if constexpr (WGMMA && p_type(MODE) == PType::u8) return ptx::to_u8x4(p);
         else return Pv::pack(p);

@@ -24,9 +24,9 @@ template <class T, int N> __device__ __forceinline__ void changed(T (&x)[N]) {
     for (int i = 0; i < N; ++i) changed(x[i]);
 }
 
-// ROW_BYTES: of a row of the operand, 64 or 128, which is its swizzle as well. The address is a multiple of 1024. This is the half of a
-// descriptor that differs from one operand to another; whole() adds the other.
-template <int ROW_BYTES> __device__ __forceinline__ uint32_t descriptor(uint32_t shared) { return shared >> 4 | 1 << 16; }
+// The half of a descriptor that differs from one operand to another; the address is a multiple of 1024.
+__device__ __forceinline__ uint32_t descriptor(uint32_t shared) { return shared >> 4 | 1 << 16; }
+// All of it. ROW_BYTES: of a row of the operand, 64 or 128, which is its swizzle as well.
 template <int ROW_BYTES> __device__ __forceinline__ uint64_t whole(uint32_t descriptor) {
     constexpr uint64_t SWIZZLE = ROW_BYTES == 128 ? 1 : 2, NEXT_8_ROWS = 8 * ROW_BYTES / 16;
     return descriptor | (NEXT_8_ROWS | SWIZZLE << 30) << 32;
