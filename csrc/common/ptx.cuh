@@ -304,6 +304,30 @@ __device__ __forceinline__ void mma_f16(float (&d)[4], const uint32_t (&a)[4], u
 #endif
 }
 
+// bf16 x bf16 into f32, 16 deep.
+__device__ __forceinline__ void mma_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const float (&c)[4]) {
+#if __CUDA_ARCH__ >= 800
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
+                 : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
+#else
+    const int lane = threadIdx.x % 32, row = lane / 4 * 4, column = lane % 4 * 8;  // the first lane that has them
+    for (int i = 0; i < 4; ++i) d[i] = c[i];
+#pragma unroll 1
+    for (int k = 0; k < 8; ++k) {  // two deep each
+        uint32_t of_a[2], of_b[2];
+        for (int i = 0; i < 2; ++i) {
+            of_a[i] = __shfl_sync(~0u, k < 4 ? a[i] : a[2 + i], row + k % 4);
+            of_b[i] = __shfl_sync(~0u, k < 4 ? b0 : b1, column + i * 4 + k % 4);
+        }
+        for (int i = 0; i < 4; ++i) {
+            d[i] = fmaf(__uint_as_float(of_a[i / 2] << 16), __uint_as_float(of_b[i % 2] << 16), d[i]);
+            d[i] = fmaf(__uint_as_float(of_a[i / 2] & 0xFFFF0000u), __uint_as_float(of_b[i % 2] & 0xFFFF0000u), d[i]);
+        }
+    }
+#endif
+}
+
 // f16 x f16 into f16x2, 16 deep.
 __device__ __forceinline__ void mma_f16(uint32_t (&d)[2], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const uint32_t (&c)[2]) {
 #if __CUDA_ARCH__ >= 800

@@ -61,13 +61,6 @@ template <DType DTYPE> struct Chunk {
             }
         }
     }
-    // Changes the signs of the pair p of numbers by bits first + p (the even one) and 16 + first + p (the odd one) of `signs`.
-    __device__ __forceinline__ void flip(uint32_t signs, int first) {
-#pragma unroll
-        for (int i = 0; i < WORDS; ++i)
-            if constexpr (DTYPE == DType::f32) word[i] ^= signs << (31 - i % 2 * 16 - first - i / 2) & 0x80000000u;
-            else word[i] ^= signs << (15 - first - i) & 0x80008000u;
-    }
     __device__ __forceinline__ void unpack(float (&x)[8]) const {
 #pragma unroll
         for (int i = 0; i < WORDS; ++i)
