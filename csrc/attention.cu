@@ -106,8 +106,8 @@ void launch_attention(const Call& c, const QCodes& q, const KCodes& k, const VCo
     const Launch kernel = find_kernel(c, mask.kind != MaskKind::none);
     unsigned blocks = grid(c.q_rows() * c.splits * ((c.nq + kernel.rows - 1) / kernel.rows), c);
     // attention_wgmma's stay on their multiprocessor and take one query block after another; not with a mask (there), and not where
-    // these differ in length: then the hardware shares them out better.
-    const bool stay = c.wgmma && !c.is_causal && !c.cu_q && mask.kind == MaskKind::none;
+    // some of these may have no keys or how they differ in length is not known.
+    const bool stay = c.wgmma && !c.cu_q && c.splits == 1 && mask.kind == MaskKind::none;
     if (stay) blocks = std::min(blocks, multiprocessors(c));
     void* arguments[] = {const_cast<Call*>(&c), const_cast<QCodes*>(&q), const_cast<KCodes*>(&k), const_cast<VCodes*>(&v),
                          const_cast<Stats*>(&stats), const_cast<Mask*>(&mask), const_cast<Partials*>(&partials), &out, &lse};

@@ -50,8 +50,8 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct WgmmaAttention {
     static constexpr int THREADS = 128 * (WARPGROUPS + 1);
     static constexpr int K_BYTES = KEYS * DIM, V_BYTES = KEYS * V_DIM * v_bytes(MODE), Q_BYTES = ROWS * DIM;
     // A brief: 32-bit words, from these on.
-    static constexpr int FINISH = 0, Q_SCALES = FINISH + 2 * V_DIM, K_SCALES = Q_SCALES + ROWS, K_TOP = K_SCALES + 4 * KEYS / PANEL;
-    static constexpr int BAD = K_TOP + 1, BRIEF_BYTES = (BAD + 1 + 3) / 4 * 16;
+    static constexpr int FINISH = 0, Q_SCALES = FINISH + 2 * V_DIM, K_SCALES = Q_SCALES + ROWS, PLACE = K_SCALES + 4 * KEYS / PANEL;
+    static constexpr int BRIEF_BYTES = (PLACE + 12) * 4;
     using Tiles = Stages<Q_BYTES, K_BYTES, V_BYTES>;
     static constexpr int ALIGNMENT = 1024;  // of swizzled rows
     static constexpr int SHARED_BYTES = ALIGNMENT + Tiles::BYTES + Tiles::BARRIER_BYTES + Tiles::BRIEFS * BRIEF_BYTES;
@@ -78,6 +78,7 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct WgmmaAttention {
         float grow[2];        // 2^(base - reference), of the sums in `part`
         typename Soft::Scales scale;  // of s
         float k_scale[GROUPS];        // of the next tile
+        uint32_t q_rows;              // wgmma::descriptor of Q
         int next, phase;              // where the tile's V is and the next one's K; the phase of their barrier
     };
 
@@ -152,7 +153,7 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct WgmmaAttention {
         const Call& call;
         const typename Soft::Place& at;
         const Tiles& tiles;
-        uint32_t q_rows, k_rows, v_rows;  // wgmma::descriptor of Q, and of the first stages
+        uint32_t k_rows, v_rows;          // wgmma::descriptor of the first stages
         const float* k_scales;            // of this thread's keys
         bool leads;                       // this thread speaks for its warpgroup
         bool large;                       // some scores may count much (Softmax::exponent)
@@ -190,8 +191,8 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct WgmmaAttention {
     __device__ static void weigh(State& state, const Work& work, typename Soft::Probabilities& p, float (&sums)[1][2]) {
         find_base(state);
         if constexpr (IN_PLACE) rescale(state);
-        const auto exponent = Soft::exponent(state.s, state.base, state.scale, work.call.p_max_log2, CAREFUL && work.large);
         flush(state);
+        const auto exponent = Soft::exponent(state.s, state.base, state.scale, work.call.p_max_log2, CAREFUL && work.large);
         Soft::weigh(p, sums, state.s, exponent, state.base, work.call.p_max_log2);
         wgmma::changed(flat(p[0]));
     }
@@ -229,8 +230,8 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct WgmmaAttention {
         return done;
     }
 
-    // A tile whose scores are here, up to where those of the next one are.
-    template <bool CAREFUL> __device__ static void turn(State& state, const Work& work, int tile) {
+    // A tile whose scores are here, up to where those of the next one are, which behind the last is the first of the next block.
+    template <bool CAREFUL> __device__ static void turn(State& state, const Work& work, int tile, int next) {
         const Tiles& tiles = work.tiles;
         typename Soft::Probabilities p;
         float sums[1][2];
@@ -239,7 +240,7 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct WgmmaAttention {
 
         // In the background from here on: the next tile's scores, first, and this tile's sums.
         wgmma::fence();
-        multiply_qk(state.s, work.q_rows, work.k_rows + state.next * (K_BYTES / 16));
+        multiply_qk(state.s, state.q_rows, work.k_rows + state.next * (K_BYTES / 16));
         multiply_pv(state, work, p);
         const int done = advance(state);
         const uint32_t passed = ptx::barrier_passed(tiles.full(state.next), state.phase);
@@ -247,48 +248,75 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct WgmmaAttention {
         ptx::wait_barrier(tiles.full(state.next), state.phase, passed);
         wgmma::wait<1>();
         wgmma::changed(flat(state.s[0]));
-        find_tops<CAREFUL>(state, work, tile + 1);
-        // Only when the largest are known, or the compiler would wait for P V before it looks for them. What is added is 0, as a batch
-        // is not negative, which it cannot see.
-        const uint32_t known = __float_as_uint(state.tops[0][0]) | __float_as_uint(state.tops[0][1]);
-        if (work.leads) ptx::arrive(tiles.k_free(done) + ((known & uint32_t(work.call.batch)) >> 31));
-        load_k_scale(state, work, tile + 2);
+        find_tops<CAREFUL>(state, work, next);
+        if (work.leads) ptx::arrive(tiles.k_free(done));
         await_pv(state);
         wgmma::changed(flat(state.s[0]));
         if (work.leads) ptx::arrive(tiles.v_free(done));
-    }
-
-    // The last tile: no other follows.
-    __device__ static void end(State& state, const Work& work) {
-        typename Soft::Probabilities p;
-        float sums[1][2];
-        weigh<true>(state, work, p, sums);
-        wgmma::fence();
-        multiply_pv(state, work, p);
-        add_up(state, sums);
-        await_pv(state);
-        if (work.leads) ptx::arrive(work.tiles.v_free(state.next));
-        flush(state);
+        load_k_scale(state, work, tile + 2);
     }
 
     // First query of this warp; computed anew, rather than to hold it in a register through the loop.
     __device__ static int own_row(const typename Soft::Place& at) { return at.first + (ptx::thread_again() / 32 - 4) * 16; }
 
-    __device__ static void consume(const Call& call, typename Soft::Place& at, const KCodes& k, const Tiles& tiles, uint32_t brief,
-                                   uint32_t q_shared, State& state) {
-        Soft::start(state.rows);
-        wgmma::changed(flat(state.rows.acc[0]));
-        if (at.tile_begin == at.tile_end) return;
-        const auto said = [&](int word) { return __int_as_float(ptx::load_shared4(brief + word * 4)); };
+    __device__ static float said(uint32_t brief, int word) { return __int_as_float(ptx::load_shared4(brief + word * 4)); }
+
+    // What a brief says of its block.
+    struct Brief {
+        typename Soft::Place at;
+        float k_top;  // the head's largest K scale
+        bool bad;     // another kernel has computed the head exactly
+    };
+    __device__ static Brief read(const Call& call, const Mask& mask, uint32_t brief) {
+        const uint32_t from = brief + PLACE * 4;
+        const uint4 a = ptx::load_shared16(from), b = ptx::load_shared16(from + 16), c = ptx::load_shared16(from + 32);
+        Brief said;
+        typename Soft::Place& at = said.at;
+        at.q_row = a.x, at.kv_row = a.y, at.head = a.z, at.first = a.w;
+        at.tile_begin = b.x, at.tile_end = b.y, at.q.n = b.z, at.k.n = b.w;
+        at.q.first = c.x, at.split = c.y, said.k_top = __uint_as_float(c.z), said.bad = c.w;
+        at.row = own_row(at);
+        at.whole_end = (call.is_causal ? min(at.k.n, at.row + 1) : at.k.n) / KEYS;
+        if (MASKED) at.mask = mask_of_head(mask, call.batch > 1 ? int(at.q_row) / call.heads : 0, at.head);
+        return said;
+    }
+
+    // The same for the loop over tiles, where the compiler must see that a warp agrees: shuffles show it that.
+    __device__ static typename Soft::Place place_of(const Call& call, const Mask& mask, uint32_t brief) {
+        typename Soft::Place at = read(call, mask, brief).at;
+        at.tile_begin = agreed(at.tile_begin), at.tile_end = agreed(at.tile_end);
+        at.whole_end = agreed(at.whole_end), at.k.n = agreed(at.k.n);
+        return at;
+    }
+    __device__ static int agreed(int x) { return __shfl_sync(0xFFFFFFFFu, x, 0); }
+
+    // The scales of a block's queries and of its first tile.
+    __device__ static void take_scales(State& state, uint32_t brief) {
 #pragma unroll
-        for (int r = 0; r < 2; ++r) state.rows.scale[0][r] = said(Q_SCALES + at.row - at.first + r * 8 + Soft::lane() / 4);
+        for (int r = 0; r < 2; ++r)
+            state.rows.scale[0][r] = said(brief, Q_SCALES + (ptx::thread_again() / 32 - 4) * 16 + r * 8 + Soft::lane() / 4);
 #pragma unroll
-        for (int g = 0; g < GROUPS; ++g) state.k_scale[g] = said(K_SCALES + g * 4 + Soft::lane() % 4);
-        const float k_top = said(K_TOP), q_top = fmaxf(state.rows.scale[0][0], state.rows.scale[0][1]);
-        const Work work{call, at, tiles, wgmma::descriptor(q_shared), wgmma::descriptor(tiles.k(0)),
-                        wgmma::descriptor(tiles.v(0)),
-                        k.scale + at.kv_row * call.k_groups() + threadIdx.x % 4 * call.k_sub / 4, threadIdx.x % 128 == 0,
-                        !MASKED && __any_sync(0xFFFFFFFFu, k_top * q_top > Soft::LARGE)};
+        for (int g = 0; g < GROUPS; ++g) state.k_scale[g] = said(brief, K_SCALES + g * 4 + Soft::lane() % 4);
+    }
+
+    // The scores of the very first tile, with nothing else to do meanwhile.
+    __device__ static void begin(State& state, const Work& work, uint32_t brief) {
+        ptx::wait_barrier(work.tiles.full(0), 0);
+        if (work.leads) ptx::arrive(work.tiles.v_free(0));  // the first turn brings no V
+        take_scales(state, brief);
+        clear(state.s);
+        wgmma::fence();
+        multiply_qk(state.s, state.q_rows, work.k_rows);
+        advance(state);
+        ptx::wait_barrier(work.tiles.full(state.next), state.phase);
+        wgmma::wait<0>();
+        wgmma::changed(flat(state.s[0]));
+        if (work.leads) ptx::arrive(work.tiles.k_free(0));
+        find_tops<true>(state, work, work.at.tile_begin);
+    }
+
+    // The tiles of a block whose first scores are here. follow(): makes ready for those of the next block, and moves work.at there.
+    template <class Follow> __device__ static void consume(State& state, const Work& work, const Follow& follow) {
 #pragma unroll
         for (int j = 0; j < V_DIM / 8; ++j)
 #pragma unroll
@@ -297,25 +325,25 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct WgmmaAttention {
                 else state.part[j][i] = 0;
             }
         state.grow[0] = state.grow[1] = 0.0f;
+#pragma unroll
+        for (int r = 0; r < 2; ++r) state.rows.top[0][r] = Soft::quad_max(state.tops[0][r]);
+        load_k_scale(state, work, work.at.tile_begin + 1);
 
-        clear(state.s);
-        wgmma::fence();
-        multiply_qk(state.s, work.q_rows, work.k_rows + state.next * (K_BYTES / 16));
-        const int done = advance(state);
-        ptx::wait_barrier(tiles.full(state.next), state.phase);
-        wgmma::wait<0>();
-        wgmma::changed(flat(state.s[0]));
-        if (work.leads) ptx::arrive(tiles.k_free(done));
-        find_tops<true>(state, work, at.tile_begin);
-        load_k_scale(state, work, at.tile_begin + 1);
-
-        int tile = at.tile_begin;
-        // Tiles that are followed by one that may be seen as a whole. The shuffle shows the compiler that a warp agrees.
-        const int plain = __shfl_sync(0xFFFFFFFFu, MASKED || work.large ? 0 : min(at.whole_end, at.tile_end) - 1, 0);
-        for (; tile < plain; ++tile) turn<false>(state, work, tile);
-        at.row = own_row(at);
-        for (; tile < at.tile_end - 1; ++tile) turn<true>(state, work, tile);
-        end(state, work);
+        // First all tiles but the last, then that one; those that are followed by one that may be seen as a whole by themselves.
+        int tile = work.at.tile_begin, end = work.at.tile_end - 1, ahead = 1, plain = min(work.at.whole_end - 1, end);
+#pragma unroll 1
+        for (bool last = false;; last = true) {
+            plain = agreed(work.large ? 0 : plain);
+            if constexpr (!MASKED)
+                for (; tile < plain; ++tile) turn<false>(state, work, tile, tile + 1);
+            for (; tile < end; ++tile) turn<true>(state, work, tile, tile + ahead);
+            if (last) break;
+            follow();
+            ahead = work.at.tile_begin - tile;
+            plain = work.at.tile_begin < work.at.whole_end ? end + 1 : 0;
+            ++end;
+        }
+        flush(state);
     }
 
     // What one thread does: asks for the tiles of all blocks. They are numbered from the first head's on, and so are Q's.
@@ -340,7 +368,7 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct WgmmaAttention {
             for (int tile = first + at.tile_begin; tile < end; ++tile, q_block = -1) turn(q_block, tile);
             if (at.tile_begin < at.tile_end && ++place == Tiles::COUNT) place = 0;
         });
-        if (before >= 0) turn(-1, -1);
+        if (before >= 0) turn(-1, -1), turn(-1, -1);  // the second brings nothing, but is waited for
     }
 
     // What the other warps of its warpgroup do: get from memory what will be needed, one block ahead of those who need it.
@@ -364,7 +392,12 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct WgmmaAttention {
                 store(FINISH + channel, __float_as_int(finish.x));
                 store(FINISH + V_DIM + channel, __float_as_int(finish.y));
             }
-            if (thread == 0) store(K_TOP, stats.k_top[at.kv_row]), store(BAD, stats.bad[at.kv_row]);
+            if (thread == 0) {
+                const int32_t place[] = {int(at.q_row), int(at.kv_row), at.head, at.first, at.tile_begin, at.tile_end, at.q.n, at.k.n,
+                                         int(at.q.first), at.split, stats.k_top[at.kv_row], stats.bad[at.kv_row]};
+#pragma unroll
+                for (int i = 0; i < 12; ++i) store(PLACE + i, place[i]);
+            }
             ptx::arrive(tiles.brief_ready(which));
             if ((which ^= 1) == 0) phase ^= 1;
         });
@@ -380,16 +413,19 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct WgmmaAttention {
         if (threadIdx.x == 0) tiles.init(WARPGROUPS, HELPERS);
         __syncthreads();
 
-        // One query block after another; with a mask just one, as that leaves no registers for what is the same in all of them.
+        // One query block after another: each(its number, whether more follow). With a mask just one, as that leaves no registers.
+        const uint32_t all = uint32_t(call.q_rows()) * call.splits * ((call.nq + ROWS - 1) / ROWS);
+        const auto for_each = [&](const auto& each) {
+            if constexpr (MASKED) return each(blockIdx.x, false);
+            for (uint32_t index = blockIdx.x; index < all; index += gridDim.x) each(index, index + gridDim.x < all);
+        };
         const auto blocks = [&](const auto& each) {
-            uint32_t index = blockIdx.x;
-            const auto take = [&] {
+            for_each([&](uint32_t index, bool) {
                 typename Soft::Place at;
-                if (Soft::template locate<ROWS, uint32_t>(call, mask, ptx::thread_again() / 32 - 4, index, at)) each(at);
-            };
-            if constexpr (MASKED) return take();
-            const uint32_t all = uint32_t(call.q_rows()) * call.splits * ((call.nq + ROWS - 1) / ROWS);
-            for (; index < all; index += gridDim.x) take();
+                const bool exists = Soft::template locate<ROWS, uint32_t>(call, mask, 0, index, at, gridDim.x < all);
+                if (!exists) at.tile_begin = at.tile_end = 0;
+                each(at);
+            });
         };
         if (group == 0) {
             asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COPY_REGISTERS));
@@ -401,21 +437,39 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct WgmmaAttention {
         State state;
         state.next = 0, state.phase = 0;
         int place = 0, which = 0, phase = 0;
-        bool begun = false;
-        blocks([&](typename Soft::Place at) {
-            const bool any = at.tile_begin < at.tile_end;
+        const auto q_rows = [&] { return wgmma::descriptor(tiles.q(place) + (group - 1) * 64 * DIM); };
+        ptx::wait_barrier(tiles.brief_ready(0), 0);
+        typename Soft::Place at = place_of(call, mask, briefs);  // of the block whose scores come next
+        Work work{call, at, tiles, wgmma::descriptor(tiles.k(0)), wgmma::descriptor(tiles.v(0)), k.scale, threadIdx.x % 128 == 0, false};
+        const bool any = at.tile_begin < at.tile_end;  // the same in all blocks where these are several
+        if (any) {
+            state.q_rows = q_rows();
+            begin(state, work, briefs);
+        }
+        for_each([&](uint32_t, bool more) {
             const uint32_t brief = briefs + which * BRIEF_BYTES;
-            ptx::wait_barrier(tiles.brief_ready(which), phase);
-            if (any && !begun) {
-                ptx::wait_barrier(tiles.full(0), 0);
-                if (threadIdx.x % 128 == 0) ptx::arrive(tiles.v_free(0));  // the first turn brings no V
-                begun = true;
+            Soft::start(state.rows);
+            wgmma::changed(flat(state.rows.acc[0]));
+            if (any) {
+                const Brief said = read(call, mask, brief);
+                work.k_scales = k.scale + said.at.kv_row * call.k_groups() + threadIdx.x % 4 * call.k_sub / 4;
+                const float q_top = fmaxf(state.rows.scale[0][0], state.rows.scale[0][1]);
+                work.large = !MASKED && __any_sync(0xFFFFFFFFu, said.k_top * q_top > Soft::LARGE);
+                consume(state, work, [&] {
+                    if (++place == Tiles::COUNT) place = 0;
+                    state.q_rows = q_rows();
+                    if (!more) return;
+                    const uint32_t next = briefs + (which ^ 1) * BRIEF_BYTES;
+                    ptx::wait_barrier(tiles.brief_ready(which ^ 1), phase ^ which);
+                    take_scales(state, next);
+                    at = place_of(call, mask, next);
+                });
+            } else {
+                ptx::wait_barrier(tiles.brief_ready(which), phase);
             }
-            consume(call, at, k, tiles, brief, tiles.q(place) + (group - 1) * 64 * DIM, state);
-            if (any && ++place == Tiles::COUNT) place = 0;
-            at.row = own_row(at);
-            if (!ptx::load_shared4(brief + BAD * 4))  // else the head has been computed exactly
-                Soft::write(call, at, state.rows, q, partials, out, lse, [&](int channel) {
+            const Brief said = read(call, mask, brief);
+            if (!said.bad)
+                Soft::write(call, said.at, state.rows, q, partials, out, lse, [&](int channel) {
                     Finish f;
                     ptx::load_shared32(f.scale, brief + (FINISH + channel) * 4);
                     ptx::load_shared32(f.put_back, brief + (FINISH + V_DIM + channel) * 4);

@@ -194,7 +194,7 @@ class Cubins:
         else:
             rows = facts["tiles.h"][layout.tile(c.mode, c.v_dim, "rows()")]
         blocks = _grid(call, call.q_rows * c.splits * pieces(c.nq, rows))
-        if c.wgmma and not (c.is_causal or c.cu_q or masked):  # they stay and take one query block after another
+        if c.wgmma and c.splits == 1 and not (c.cu_q or masked):  # they stay and take one query block after another
             blocks = min(blocks, device.multiprocessors)
         self._launch(call, call.kernels[masked], blocks, c, q, k, v, known, hidden, parts, to, lse_at)
         if c.splits > 1:

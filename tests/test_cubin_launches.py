@@ -198,19 +198,20 @@ def test_combine_follows_split_attention(driver, small_cubins, monkeypatch):  # 
     [
         (dict(nq=12800, is_causal=False), None, 132),
         (dict(nq=4096, is_causal=False), None, 4 * 32),
-        (dict(nq=12800, is_causal=True), None, 400),
+        (dict(nq=12800, is_causal=True), None, 132),
+        (dict(nq=12800, is_causal=False, splits=2), None, 800),
         (dict(nq=12800, is_causal=False), ("bool", 4096, 0, 0, 0, 1), 400),
         (dict(nq=12800, is_causal=False, cu_q=4096, cu_k=8192), None, 400),
         (dict(nq=12800, is_causal=False, wgmma=0), None, 4 * -(-12800 // 64)),
     ],
-    ids=["all stay", "too few", "causal", "mask", "packed", "mma.sync"],
+    ids=["all stay", "too few", "causal", "split", "mask", "packed", "mma.sync"],
 )
 def test_blocks_that_stay(driver, small_cubins, monkeypatch, changes, mask, blocks):  # noqa: F811
-    """attention_wgmma has one for each of the 132 multiprocessors, where query blocks are of one length."""
+    """attention_wgmma has one for each of the 132 multiprocessors, where it is known how query blocks differ in length."""
     made, asked = small_cubins(("9.0",)), []
     monkeypatch.setattr(made, "_launch", lambda call, kernel, blocks, *args: asked.append(blocks))
-    made.attention(made.Call(**fields(**changes)), *[1 << 16] * 4, mask, 0, VIEW, 512)
-    assert asked == [blocks]
+    made.attention(made.Call(**fields(**changes)), *[1 << 16] * 4, mask, 1 << 20, VIEW, 512)
+    assert asked[0] == blocks and len(asked) == changes.get("splits", 1)  # what combines two parts is the second launch
 
 
 def test_errors_name_the_kernel_and_the_shape(driver, small_cubins):  # noqa: F811

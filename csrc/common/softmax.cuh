@@ -294,7 +294,9 @@ template <Mode MODE, int M, int KEYS, int V_DIM, bool MASKED, bool WGMMA> struct
             }
         };
         // Where nothing is to be left out, as mostly, there is no branch between the stores.
-        const bool whole = at.row + 16 * M <= at.q.n && call.head_dim == V_DIM;
+        bool whole = at.row + 16 * M <= at.q.n && call.head_dim == V_DIM;
+#pragma unroll
+        for (int m = 0; m < M; ++m) whole &= inverse[m][0] != 0.0f && inverse[m][1] != 0.0f;
         if (whole && call.dtype == DType::bf16)
             store_all([&](int64_t to, int, int, const float (&x)[8]) { store8<DType::bf16>(out.data, to, x); });
         else if (whole && call.dtype == DType::f16)
@@ -305,14 +307,17 @@ template <Mode MODE, int M, int KEYS, int V_DIM, bool MASKED, bool WGMMA> struct
             });
     }
 
-    // Where this block of ROWS queries works, and its warp; false if it has no queries. Index: 32 bits divide faster, and not at all
-    // by 1; but what the compiler computes for that it likes to hold in registers, which who calls this twice cannot spare.
-    template <int ROWS, class Index> __device__ static bool locate(const Call& call, const Mask& mask, int warp, Index index, Place& at) {
+    // Where this block of ROWS queries works, and its warp; false if it has no queries. Causal blocks differ in length: the longest of a
+    // head comes first, or with `snake` in every other head the shortest, so that who takes every so many gets as much as others.
+    // Index: 32 bits divide faster, and not at all by 1; but what the compiler computes for that it likes to hold in registers, which
+    // who calls this twice cannot spare.
+    template <int ROWS, class Index>
+    __device__ static bool locate(const Call& call, const Mask& mask, int warp, Index index, Place& at, bool snake = false) {
         constexpr bool FAST = sizeof(Index) == 4;
         const Index blocks = (call.nq + ROWS - 1) / ROWS;
         int block = int(index % blocks);
-        if (call.is_causal) block = int(blocks) - 1 - block;  // the longest first
         index /= blocks;
+        if (call.is_causal && !(snake && index % 2)) block = int(blocks) - 1 - block;
         const bool whole = FAST && call.splits == 1, one = FAST && call.batch == 1, own = FAST && call.heads == call.kv_heads;
         at.split = whole ? 0 : int(index % Index(call.splits));
         const Index q_row = whole ? index : index / Index(call.splits);
