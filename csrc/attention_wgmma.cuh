@@ -267,7 +267,7 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct WgmmaAttention {
         float k_top;  // the head's largest K scale
         bool bad;     // another kernel has computed the head exactly
     };
-    __device__ static Brief read(const Call& call, const Mask& mask, uint32_t brief) {
+    __device__ static Brief read(const Call& call, uint32_t brief) {
         const uint32_t from = brief + PLACE * 4;
         const uint4 a = ptx::load_shared16(from), b = ptx::load_shared16(from + 16), c = ptx::load_shared16(from + 32);
         Brief said;
@@ -277,15 +277,15 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct WgmmaAttention {
         at.q.first = c.x, at.split = c.y, said.k_top = __uint_as_float(c.z), said.bad = c.w;
         at.row = own_row(at);
         at.whole_end = (call.is_causal ? min(at.k.n, at.row + 1) : at.k.n) / KEYS;
-        if (MASKED) at.mask = mask_of_head(mask, call.batch > 1 ? int(at.q_row) / call.heads : 0, at.head);
         return said;
     }
 
     // The same for the loop over tiles, where the compiler must see that a warp agrees: shuffles show it that.
     __device__ static typename Soft::Place place_of(const Call& call, const Mask& mask, uint32_t brief) {
-        typename Soft::Place at = read(call, mask, brief).at;
+        typename Soft::Place at = read(call, brief).at;
         at.tile_begin = agreed(at.tile_begin), at.tile_end = agreed(at.tile_end);
         at.whole_end = agreed(at.whole_end), at.k.n = agreed(at.k.n);
+        if (MASKED) at.mask = mask_of_head(mask, call.batch > 1 ? int(at.q_row) / call.heads : 0, agreed(at.head));
         return at;
     }
     __device__ static int agreed(int x) { return __shfl_sync(0xFFFFFFFFu, x, 0); }
@@ -329,13 +329,12 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct WgmmaAttention {
         for (int r = 0; r < 2; ++r) state.rows.top[0][r] = Soft::quad_max(state.tops[0][r]);
         load_k_scale(state, work, work.at.tile_begin + 1);
 
-        // First all tiles but the last, then that one; those that are followed by one that may be seen as a whole by themselves.
         int tile = work.at.tile_begin, end = work.at.tile_end - 1, ahead = 1, plain = min(work.at.whole_end - 1, end);
+        // First all tiles but the last, then that one; those that are followed by one that may be seen as a whole by themselves.
 #pragma unroll 1
         for (bool last = false;; last = true) {
-            plain = agreed(work.large ? 0 : plain);
-            if constexpr (!MASKED)
-                for (; tile < plain; ++tile) turn<false>(state, work, tile, tile + 1);
+            plain = agreed(MASKED || work.large ? 0 : plain);  // with a mask the loop below is not run, but without it others spill
+            for (; tile < plain; ++tile) turn<false>(state, work, tile, tile + 1);
             for (; tile < end; ++tile) turn<true>(state, work, tile, tile + ahead);
             if (last) break;
             follow();
@@ -451,7 +450,7 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct WgmmaAttention {
             Soft::start(state.rows);
             wgmma::changed(flat(state.rows.acc[0]));
             if (any) {
-                const Brief said = read(call, mask, brief);
+                const Brief said = read(call, brief);
                 work.k_scales = k.scale + said.at.kv_row * call.k_groups() + threadIdx.x % 4 * call.k_sub / 4;
                 const float q_top = fmaxf(state.rows.scale[0][0], state.rows.scale[0][1]);
                 work.large = !MASKED && __any_sync(0xFFFFFFFFu, said.k_top * q_top > Soft::LARGE);
@@ -467,7 +466,7 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct WgmmaAttention {
             } else {
                 ptx::wait_barrier(tiles.brief_ready(which), phase);
             }
-            const Brief said = read(call, mask, brief);
+            const Brief said = read(call, brief);
             if (!said.bad)
                 Soft::write(call, said.at, state.rows, q, partials, out, lse, [&](int channel) {
                     Finish f;

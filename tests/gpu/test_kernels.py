@@ -42,7 +42,7 @@ def test_pairs(case, poisoned, record_property):
         same_special(lse, want_lse)
         seen = want_lse.isfinite()
         assert (lse - want_lse)[seen].abs().max() < 0.15
-        assert (lse - twin_lse)[seen].abs().max() < 0.01
+        assert (lse - twin_lse)[seen].abs().max() < 0.02  # numbers halfway between two codes may go to either
 
 
 @each()
