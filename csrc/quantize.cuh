@@ -19,20 +19,6 @@ struct Int8Shared {
 
 constexpr uint32_t SIGNS = 0x80008000u;  // of a pair of numbers of 16 bits
 
-// The pair i of numbers as an operand. Of floats it is their top 16 bits, which they then lose: three such pairs add up to them.
-template <DType DTYPE> __device__ __forceinline__ uint32_t take_pair(Chunk<DTYPE>& chunk, int i) {
-    if constexpr (DTYPE == DType::f32) {
-        uint32_t* const two = chunk.word + 2 * i;
-        const uint32_t pair = ptx::permute(two[0], two[1], 0x7632);
-#pragma unroll
-        for (int j = 0; j < 2; ++j)
-            two[j] = __float_as_uint(__uint_as_float(two[j]) - __uint_as_float(two[j] & 0xFFFF0000u));
-        return pair;
-    } else {
-        return chunk.word[i];
-    }
-}
-
 // Numbers of the even and the odd token of a pair, joined over the 8 lanes that have channels of these tokens. Lanes with bit 4
 // of their number get the odd token's.
 template <class Join> __device__ __forceinline__ float join_lanes(float even, float odd, uint32_t lane, Join join) {
@@ -236,14 +222,11 @@ template <int DIM, bool IS_K> __device__ __forceinline__ void load_mean(const Co
 
 // A lane's part of the Hadamard matrix or the identity: rows lane / 4 and 8 more, columns 2 * (lane % 4), 1 more, and 8 more each.
 template <DType DTYPE> __device__ __forceinline__ uint4 matrix_of(bool rotate, uint32_t lane) {
-    constexpr uint32_t ONES = DTYPE == DType::f16 ? 0x3C003C00u : 0x3F803F80u, ODD = 0x80000000u;
+    if (!rotate) return identity<DTYPE>(lane);
+    constexpr uint32_t ODD = 0x80000000u;
     const uint32_t row = lane / 4, both = row & lane & 3;
-    if (rotate) {
-        const uint32_t low = ONES ^ ((both ^ both >> 1) & 1) * SIGNS, high = low ^ row / 4 * SIGNS;
-        return {low, low ^ ODD, high, high ^ ODD};
-    }
-    const uint32_t one = row % 4 == lane % 4 ? ONES & 0xFFFFu : 0, low = row < 4 ? one : 0, high = row < 4 ? 0 : one;
-    return {low, low << 16, high, high << 16};
+    const uint32_t low = ONES<DTYPE> ^ ((both ^ both >> 1) & 1) * SIGNS, high = low ^ row / 4 * SIGNS;
+    return {low, low ^ ODD, high, high ^ ODD};
 }
 
 template <DType DTYPE, int DIM, bool IS_K>
@@ -288,7 +271,8 @@ __device__ __forceinline__ void quantize_int8(const CodesJob& job, int row, int 
         const int left = token < in.n ? in.head_dim - channel : 0;
 #pragma unroll
         for (int half = 0; half < DIM; half += DIM / 2)
-            load_last(chunks[round][half > 0], in.wide, from + half, 8, [&](int i) { return left - half - i * 8; });
+            load_last(chunks[round][half > 0], in.wide, [&](int i) { return from + half + i * 8; },
+                      [&](int i) { return left - half - i * 8; });
     };
 #pragma unroll
     for (int round = 0; round < AHEAD; ++round) load(round);
@@ -322,24 +306,21 @@ SAGE_HD constexpr int resident(DType dtype, int dim, int passes) {
 template <DType DTYPE, int DIM, int PASSES>
 __global__ void __launch_bounds__(program_threads(DIM), resident(DTYPE, DIM, PASSES))
     quantize_kernel(const __grid_constant__ CodesJob job) {
-    __shared__ union {
-        Int8Shared int8;
-        VShared<DIM> v;
-    } shared;
+    __shared__ Int8Shared shared;
     const int program = blockIdx.x;
     if (program >= job.kv_programs) {
         const int unit = program - job.kv_programs;
-        quantize_int8<DTYPE, DIM, PASSES, false>(job, unit / job.q_units, unit % job.q_units * (PASSES * TILE), shared.int8);
+        quantize_int8<DTYPE, DIM, PASSES, false>(job, unit / job.q_units, unit % job.q_units * (PASSES * TILE), shared);
         return;
     }
     // from the end: of what stats_kernel read, the L2 cache holds the last
     const int unit = job.kv_units - 1 - program / job.per_unit, role = program % job.per_unit;
     const int row = unit / job.k_units, first = unit % job.k_units * (PASSES * TILE);
     const int v_first = first + (role - job.k_per_unit) * TILE;
-    if (role < job.k_per_unit) quantize_int8<DTYPE, DIM, PASSES, true>(job, row, first, shared.int8);
-    else if (p_type(job.call.mode) == PType::f16) quantize_v<DTYPE, DIM, PType::f16>(job, row, v_first, shared.v);
-    else if (p_type(job.call.mode) == PType::u8) quantize_v<DTYPE, DIM, PType::u8>(job, row, v_first, shared.v);
-    else quantize_v<DTYPE, DIM, PType::e4m3>(job, row, v_first, shared.v);
+    if (role < job.k_per_unit) quantize_int8<DTYPE, DIM, PASSES, true>(job, row, first, shared);
+    else if (p_type(job.call.mode) == PType::f16) quantize_v<DTYPE, DIM, PType::f16>(job, row, v_first);
+    else if (p_type(job.call.mode) == PType::u8) quantize_v<DTYPE, DIM, PType::u8>(job, row, v_first);
+    else quantize_v<DTYPE, DIM, PType::e4m3>(job, row, v_first);
 }
 
 }  // namespace

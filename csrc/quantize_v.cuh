@@ -1,4 +1,5 @@
-// V's part of quantize.cuh: 64 tokens are rounded, turned about in shared memory, and stored by channel.
+// V's part of quantize.cuh, and what both parts need. Matrix instructions turn 64 tokens about, which are rounded and stored by
+// channel.
 #pragma once
 
 #include "common/tokens.cuh"
@@ -36,28 +37,36 @@ struct CodesJob {
     Divider heads, kv_heads, group;
 };
 
-template <int DIM> struct VShared {
-    uint4 codes[TILE * DIM / 8];  // [64 keys, DIM], of 1 or 2 bytes, in the order of v_cell
-    int64_t base;                 // number of the tile's first token among those of all heads,
-    int row;                      // and of the head: here, for registers are scarce
-};
-
-template <int BYTES> struct Unsigned { using type = uint8_t; };
-template <> struct Unsigned<2> { using type = uint16_t; };
-
-// Where in shared memory the codes of 8 channels of a key lie, in units of 8 codes: moved about so that neither the rows
-// written nor the columns read meet in a bank.
-template <int DIM, int BYTES> __device__ __forceinline__ int v_cell(int key, int chunk) {
-    return (key * (DIM / 8) + chunk) ^ (BYTES == 1 ? key / 2 % 4 | key / 16 % 4 << 2 : key / 2 % 2 | key / 8 % 4 << 1);
+// The pair i of numbers as an operand. Of floats it is their top 16 bits, which they then lose: three such pairs add up to them.
+template <DType DTYPE> __device__ __forceinline__ uint32_t take_pair(Chunk<DTYPE>& chunk, int i) {
+    if constexpr (DTYPE == DType::f32) {
+        uint32_t* const two = chunk.word + 2 * i;
+        const uint32_t pair = ptx::permute(two[0], two[1], 0x7632);
+#pragma unroll
+        for (int j = 0; j < 2; ++j)
+            two[j] = __float_as_uint(__uint_as_float(two[j]) - __uint_as_float(two[j] & 0xFFFF0000u));
+        return pair;
+    } else {
+        return chunk.word[i];
+    }
 }
 
-// Two codes of V, the first in the low bytes. TYPE: of the P that V's type belongs to.
+template <DType DTYPE> constexpr uint32_t ONES = DTYPE == DType::f16 ? 0x3C003C00u : 0x3F803F80u;  // two of them
+
+// A lane's part of a matrix A that is the identity but for the order of its rows: row g takes column 2 * g, and row 8 + g
+// the one after that.
+template <DType DTYPE> __device__ __forceinline__ uint4 identity(uint32_t lane) {
+    const uint32_t row = lane / 4, one = row % 4 == lane % 4 ? ONES<DTYPE> & 0xFFFFu : 0;
+    const uint32_t low = row < 4 ? one : 0, high = row < 4 ? 0 : one;
+    return {low, low << 16, high, high << 16};
+}
+
+// Two codes of V as the low bytes of a word, the first in the lowest. TYPE: of the P that V's type belongs to.
 template <PType TYPE> __device__ __forceinline__ uint32_t round_v(float a, float b) {
     if constexpr (TYPE == PType::f16) {
         return ptx::to_f16x2(a, b);
     } else if constexpr (TYPE == PType::u8) {
-        // below 127.5 in magnitude, by the choice of scale
-        return ptx::permute(__float_as_uint(a + MAGIC), __float_as_uint(b + MAGIC), 0x0040) & 0xFFFFu;
+        return ptx::permute(__float_as_uint(a + MAGIC), __float_as_uint(b + MAGIC), 0x0040);  // below 127.5, by the choice of scale
     } else {
 #if __CUDA_ARCH__ >= 890
         return ptx::to_e4m3x2(a, b);
@@ -67,122 +76,130 @@ template <PType TYPE> __device__ __forceinline__ uint32_t round_v(float a, float
     }
 }
 
-// A code in units of code_unit.
-template <PType TYPE> __device__ __forceinline__ int32_t units_of_v(uint32_t code) {
-    if constexpr (TYPE == PType::f16) return int32_t(ptx::from_f16(uint16_t(code)) * 0x1p24f);
-    if constexpr (TYPE == PType::u8) return int8_t(code);
-#if __CUDA_ARCH__ >= 890
-    return int32_t(ptx::from_f16(uint16_t(ptx::from_e4m3x2(uint16_t(code)))) * 0x1p9f);
-#else
-    return 0;
-#endif
-}
-
-// Rounds 64 tokens of V, 4 a thread, into shared memory.
-template <DType DTYPE, int DIM, PType TYPE>
-__device__ __forceinline__ void round_v_tile(const CodesJob& job, const Tokens<DTYPE>& in, int row, int first,
-                                             VShared<DIM>& shared) {
-    constexpr int BYTES = TYPE == PType::f16 ? 2 : 1;
-    const int chunk = threadIdx.x % (DIM / 8), own = threadIdx.x / (DIM / 8), channel = chunk * 8;
-    float mean[8], inverse[8];
-    Chunk<DTYPE> chunks[4];
-    load8(job.stats.v_mean + int64_t(row) * DIM + channel, mean);
-    load8(job.stats.v_inverse + int64_t(row) * DIM + channel, inverse);
-    load_last(chunks, in.wide, in.data + (first + own) * in.stride + channel, 16 * in.stride,
-              [&](int i) { return first + own + 16 * i < in.n ? in.head_dim - channel : 0; });
+// The sum of 8 codes in units of code_unit. Integers, so that any order gives the same bits.
+template <PType TYPE, int WORDS> __device__ __forceinline__ int32_t sum_of_codes(const uint32_t (&words)[WORDS]) {
+    if constexpr (TYPE == PType::u8) {
+        return ptx::add_s8x4(words[0], ptx::add_s8x4(words[1], 0));
+    } else if constexpr (TYPE == PType::f16) {
+        int32_t sum = 0;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        float x[8];
-        chunks[i].unpack(x);
-        uint32_t pairs[4];
-#pragma unroll
-        for (int j = 0; j < 8; j += 2) {
-            const float a = __fmul_rn(x[j] - mean[j], inverse[j]), b = __fmul_rn(x[j + 1] - mean[j + 1], inverse[j + 1]);
-            const uint32_t pair = round_v<TYPE>(a, b);
-            pairs[j / 2] = first + own + 16 * i < in.n ? pair : 0;
-        }
-        const int cell = v_cell<DIM, BYTES>(own + 16 * i, chunk);
-        if constexpr (BYTES == 2) reinterpret_cast<uint4*>(shared.codes)[cell] = {pairs[0], pairs[1], pairs[2], pairs[3]};
-        else reinterpret_cast<uint2*>(shared.codes)[cell] = {pairs[0] | pairs[1] << 16, pairs[2] | pairs[3] << 16};
-    }
-}
-
-// Each thread sums one channel over half of the tile's keys. Integers, so that any order gives the same bits.
-template <int DIM, PType TYPE> __device__ __forceinline__ void sum_v_tile(const CodesJob& job, const VShared<DIM>& shared) {
-    constexpr int BYTES = TYPE == PType::f16 ? 2 : 1;
-    using Code = typename Unsigned<BYTES>::type;
-    const int channel = threadIdx.x % DIM, half = threadIdx.x / DIM * (TILE / 2);
-    int32_t sum = 0;
-#pragma unroll 8
-    for (int key = half; key < half + TILE / 2; ++key) {
-        const Code code = reinterpret_cast<const Code*>(shared.codes)[v_cell<DIM, BYTES>(key, channel / 8) * 8 + channel % 8];
-        sum += units_of_v<TYPE>(code);
-    }
-    auto* total = reinterpret_cast<unsigned long long*>(job.stats.v_sums + int64_t(shared.row) * DIM + channel);
-    atomicAdd(total, static_cast<unsigned long long>(int64_t(sum)));
-}
-
-// The 4 bytes that a channel has of a thread's keys, for 8 channels from chunk * 8 on.
-template <int DIM, int BYTES>
-__device__ __forceinline__ void gather_v(const VShared<DIM>& shared, int key, int chunk, uint32_t (&words)[8]) {
-    if constexpr (BYTES == 2) {
-        const uint4* cells = reinterpret_cast<const uint4*>(shared.codes);
-        const uint4 a = cells[v_cell<DIM, BYTES>(key, chunk)], b = cells[v_cell<DIM, BYTES>(key + 1, chunk)];
-        words[0] = ptx::permute(a.x, b.x, 0x5410), words[1] = ptx::permute(a.x, b.x, 0x7632);
-        words[2] = ptx::permute(a.y, b.y, 0x5410), words[3] = ptx::permute(a.y, b.y, 0x7632);
-        words[4] = ptx::permute(a.z, b.z, 0x5410), words[5] = ptx::permute(a.z, b.z, 0x7632);
-        words[6] = ptx::permute(a.w, b.w, 0x5410), words[7] = ptx::permute(a.w, b.w, 0x7632);
+        for (int i = 0; i < WORDS; ++i)
+            sum += int32_t(ptx::from_f16(uint16_t(words[i])) * 0x1p24f) + int32_t(ptx::from_f16(uint16_t(words[i] >> 16)) * 0x1p24f);
+        return sum;
     } else {
-        const uint2* cells = reinterpret_cast<const uint2*>(shared.codes);
-        const uint2 a = cells[v_cell<DIM, BYTES>(key, chunk)], b = cells[v_cell<DIM, BYTES>(key + 1, chunk)];
-        const uint2 c = cells[v_cell<DIM, BYTES>(key + 8, chunk)], d = cells[v_cell<DIM, BYTES>(key + 9, chunk)];
+        float sum = 0.0f;  // exact: of at most 8 * 448 / 2^-9 units
+#if __CUDA_ARCH__ >= 890
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const uint32_t ka = half ? a.y : a.x, kb = half ? b.y : b.x, kc = half ? c.y : c.x, kd = half ? d.y : d.x;
-#pragma unroll
-            for (int pair = 0; pair < 2; ++pair) {
-                const uint32_t select = pair ? 0x7362 : 0x5140;
-                const uint32_t ab = ptx::permute(ka, kb, select), cd = ptx::permute(kc, kd, select);
-                words[4 * half + 2 * pair] = ptx::permute(ab, cd, 0x5410);
-                words[4 * half + 2 * pair + 1] = ptx::permute(ab, cd, 0x7632);
-            }
+        for (int i = 0; i < 2 * WORDS; ++i) {
+            const uint32_t two = ptx::from_e4m3x2(uint16_t(words[i / 2] >> i % 2 * 16));
+            sum += ptx::from_f16(uint16_t(two)) + ptx::from_f16(uint16_t(two >> 16));
         }
+#endif
+        return int32_t(sum * 0x1p9f);
     }
 }
 
-// 64 tokens of V. 16 lanes write the 64 bytes that a channel has of 64 (1 byte) or 32 (2 bytes) keys: a row, or half of wgmma's.
+// Which of 64 keys has place `at` among a channel's codes: the inverse of key_position and wgmma_key_position. It gives the bits
+// of `at` new places, so keys of two numbers that share no bits add up.
+template <int BYTES> __device__ __forceinline__ int key_at(bool wgmma, int at) {
+    constexpr int KEYS = 64 / BYTES, EACH = KEYS / 4;  // in a row, and of them a thread's
+    if (!wgmma) return at / KEYS * KEYS + at % KEYS / EACH * 2 + at % EACH / 2 * 8 + at % 2;
+    return BYTES == 2 ? at : at / 16 * 16 + at / 4 % 4 * 2 + at / 2 % 2 * 8 + at % 2;
+}
+
+// 64 tokens of V. A warp takes 32 of them and of these 32 channels, 8 tokens at a time: they are the columns of B, words as loaded,
+// and A is the identity, so a lane gets 4 channels of two tokens. Which tokens those are is chosen so that the lane's 8 codes of a
+// channel lie side by side, and those of its quad fill 32 or 64 bytes: nothing passes through shared memory.
 template <DType DTYPE, int DIM, PType TYPE>
-__device__ __forceinline__ void quantize_v(const CodesJob& job, int row, int first, VShared<DIM>& shared) {
+__device__ __forceinline__ void quantize_v(const CodesJob& job, int row, int first) {
+    constexpr int BYTES = TYPE == PType::f16 ? 2 : 1, WORDS = 2 * BYTES, GROUPS = DIM / 32;
     const Call& call = job.call;
     const auto in = Tokens<DTYPE>::of(job.v, call.cu_k, row / job.kv_heads, row % job.kv_heads, call.nk);
-    if (first / BLOCK * BLOCK >= in.n) return;
-    if (threadIdx.x == 0) shared.row = row, shared.base = int64_t(row) * call.k_padded() + first;
-    round_v_tile<DTYPE, DIM, TYPE>(job, in, row, first, shared);
-    __syncthreads();
-    if (call.smooth_v) sum_v_tile<DIM, TYPE>(job, shared);
-    const int thread = ptx::thread_again(), word = thread % 16, chunk = thread / 16;
-    if (chunk * 8 >= call.v_dim) return;
-    constexpr int BYTES = TYPE == PType::f16 ? 2 : 1, ROWS = BYTES;  // rows of 64 bytes that the tokens of a tile fill
+    const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int group = warp % GROUPS * 32, half = warp / GROUPS * 32;  // the warp's first channel, and its first place
+    if (first / BLOCK * BLOCK >= in.n || group >= call.v_dim) return;
+    const bool wgmma = DIM <= 128 && call.wgmma;
+
+    Chunk<DTYPE> chunks[4];
+    const int loaded = first + key_at<BYTES>(wgmma, half + lane / 8 * 8 + lane / 4 % 2), channel = group + lane % 4 * 8;
+    const auto* from = in.data + loaded * in.stride + channel;
+    load_last(chunks, in.wide, [&](int i) { return from + key_at<BYTES>(wgmma, 2 * i) * in.stride; },
+              [&](int i) { return loaded + key_at<BYTES>(wgmma, 2 * i) < in.n ? in.head_dim - channel : 0; });
+
+    // the first of the lane's 4 channels; the others come 1, 4 and 5 after it
+    const int64_t own = int64_t(row) * DIM + group + lane / 4 % 4 * 8 + lane / 16 * 2;
+    float mean[4], inverse[4];
 #pragma unroll
-    for (int i = 0; i < ROWS; ++i) {
-        uint32_t words[8];
-        const int key = (BYTES == 2 ? 32 * i + word % 4 * 8 : word % 4 * 16) + word / 4 * 2;  // the inverse of key_position
-        gather_v<DIM, BYTES>(shared, key, chunk, words);
-        const int64_t stretch = shared.base / TILE * ROWS + i;
-        const int first_row = channel_row(chunk * 8);  // channel_row of a chunk and within it add up
-        uint32_t* codes = reinterpret_cast<uint32_t*>(job.v_codes.codes);
-        if (DIM <= 128 && call.wgmma) {
-            const int at = int(stretch % 2) * PANEL + (word % 4 * 4 + word / 4) * 4;
-            codes += (stretch / 2 * call.v_dim + first_row) * (WGMMA_PANEL / 4);
-            uint32_t* const of_parity[2] = {codes + swizzled(at, first_row, WGMMA_PANEL) / 4,
-                                            codes + swizzled(at, first_row + 1, WGMMA_PANEL) / 4};
+    for (int c = 0; c < 4; c += 2) {
+        const float2 means = __ldg(reinterpret_cast<const float2*>(job.stats.v_mean + own + 2 * c));
+        const float2 inverses = __ldg(reinterpret_cast<const float2*>(job.stats.v_inverse + own + 2 * c));
+        mean[c] = means.x, mean[c + 1] = means.y, inverse[c] = inverses.x, inverse[c + 1] = inverses.y;
+    }
+    const uint4 one = identity<DTYPE>(lane);
+    const uint32_t a[4] = {one.x, one.y, one.z, one.w};
+    uint32_t words[4][WORDS];  // of each channel
 #pragma unroll
-            for (int j = 0; j < 8; ++j) of_parity[j % 2][channel_row(j) * (WGMMA_PANEL / 4)] = words[j];
-        } else {
-            codes += (stretch * call.v_dim + first_row) * (PANEL / 4) + word;
+    for (int i = 0; i < 4; ++i) {
+        float x[4][2] = {};  // of each channel two tokens
 #pragma unroll
-            for (int j = 0; j < 8; ++j) codes[channel_row(j) * (PANEL / 4)] = words[j];
+        for (int pair = 0; pair < 2; ++pair) {
+            float d[4] = {};
+#pragma unroll
+            for (int more = DTYPE == DType::f32 ? 3 : 1; more; --more) {
+                const uint32_t b0 = take_pair(chunks[i], 2 * pair), b1 = take_pair(chunks[i], 2 * pair + 1);
+                if constexpr (DTYPE == DType::f16) ptx::mma_f16(d, a, b0, b1, d);
+                else ptx::mma_bf16(d, a, b0, b1, d);
+            }
+            x[2 * pair][0] = d[0], x[2 * pair][1] = d[1], x[2 * pair + 1][0] = d[2], x[2 * pair + 1][1] = d[3];
         }
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+            const uint32_t two = round_v<TYPE>(__fmul_rn(x[c][0] - mean[c], inverse[c]), __fmul_rn(x[c][1] - mean[c], inverse[c]));
+            if constexpr (BYTES == 2) words[c][i] = two;
+            else words[c][i / 2] = i % 2 ? ptx::permute(words[c][i / 2], two, 0x5410) : two;
+        }
+    }
+
+    const int place = half + lane % 4 * 8;  // of the lane's codes
+    if (first + TILE > in.n) {  // tokens beyond the end are zeros, whatever the mean is
+        const int left = in.n - first - key_at<BYTES>(wgmma, place);
+#pragma unroll
+        for (int i = 0; i < 8; ++i)
+            if (key_at<BYTES>(wgmma, i) >= left)
+#pragma unroll
+                for (int c = 0; c < 4; ++c) words[c][i * BYTES / 4] &= ~(((1u << 8 * BYTES) - 1) << (i * BYTES % 4 * 8));
+    }
+
+    if (call.smooth_v) {
+        // the lanes of a quad have the same channels: each gets the sum of one
+        int32_t sums[4];
+#pragma unroll
+        for (int c = 0; c < 4; ++c) sums[c] = sum_of_codes<TYPE>(words[c]);
+#pragma unroll
+        for (int width = 2; width; width /= 2)
+#pragma unroll
+            for (int c = 0; c < width; ++c) {
+                const bool second = lane & width;
+                const int32_t other = __shfl_xor_sync(~0u, second ? sums[c] : sums[c + width], width);
+                sums[c] = (second ? sums[c + width] : sums[c]) + other;
+            }
+        auto* total = reinterpret_cast<unsigned long long*>(job.stats.v_sums + own + lane % 4 + (lane & 2));
+        atomicAdd(total, static_cast<unsigned long long>(int64_t(sums[0])));
+    }
+
+    const int log2_of_row = wgmma ? 7 : 6;
+    // of 64 bytes each, that the channel has of all heads before the one with these codes
+    const uint32_t pieces = (row * (call.k_padded() / TILE) + first / TILE) * BYTES + place * BYTES / PANEL;
+    const int at = pieces * PANEL % (1u << log2_of_row) + place * BYTES % PANEL;
+    const int first_row = lane / 16 * 8 + lane / 4 % 4 * 2;  // channel_row, after that of the group
+    const int64_t rows = int64_t(pieces >> (log2_of_row - 6)) * call.v_dim + group + first_row;
+    uint8_t* const to = job.v_codes.codes + (rows << log2_of_row);
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+        const int next = channel_row(c + (c & 2));
+        uint8_t* const codes = to + (next << log2_of_row) + (wgmma ? swizzled(at, first_row + next, WGMMA_PANEL) : at);
+        if constexpr (BYTES == 2) *reinterpret_cast<uint4*>(codes) = {words[c][0], words[c][1], words[c][2], words[c][3]};
+        else *reinterpret_cast<uint2*>(codes) = {words[c][0], words[c][1]};
     }
 }
 

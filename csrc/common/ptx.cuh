@@ -196,6 +196,13 @@ __device__ __forceinline__ uint32_t add_f16x2(uint32_t a, uint32_t b) {
     return y;
 }
 
+// The sum of a word's four bytes, which are signed, and of c.
+__device__ __forceinline__ int32_t add_s8x4(uint32_t a, int32_t c) {
+    int32_t y;
+    asm("dp4a.s32.s32 %0, %1, %2, %3;" : "=r"(y) : "r"(a), "r"(0x01010101), "r"(c));
+    return y;
+}
+
 // Four numbers as the bytes of a word, the first in the low one, rounded to the nearest integers from 0 to 255. Two instructions.
 __device__ __forceinline__ uint32_t to_u8x4(const float* x) {
     uint32_t y;

@@ -69,25 +69,17 @@ template <DType DTYPE> struct Chunk {
     }
 };
 
-// The chunks at from, from + step, ..., of which left(i) channels exist. Nothing here waits for a load, so all are under way
-// before the first is unpacked.
-template <int N, DType DTYPE, class Left>
-__device__ __forceinline__ void load_last(Chunk<DTYPE> (&chunk)[N], bool wide, const typename Raw<DTYPE>::type* from,
-                                          int64_t step, Left left) {
+// The chunks at from(i), of which left(i) channels exist. Nothing here waits for a load, so all are under way before the first
+// is unpacked.
+template <int N, DType DTYPE, class From, class Left>
+__device__ __forceinline__ void load_last(Chunk<DTYPE> (&chunk)[N], bool wide, From from, Left left) {
     if (wide) {
 #pragma unroll
-        for (int i = 0; i < N; ++i) chunk[i].template load<true, true>(from + i * step, left(i));
+        for (int i = 0; i < N; ++i) chunk[i].template load<true, true>(from(i), left(i));
     } else {
 #pragma unroll
-        for (int i = 0; i < N; ++i) chunk[i].template load<false, true>(from + i * step, left(i));
+        for (int i = 0; i < N; ++i) chunk[i].template load<false, true>(from(i), left(i));
     }
-}
-
-// 8 floats from an address that is a multiple of 16 bytes.
-__device__ __forceinline__ void load8(const float* at, float (&x)[8]) {
-    const float4 low = __ldg(reinterpret_cast<const float4*>(at)), high = __ldg(reinterpret_cast<const float4*>(at) + 1);
-    x[0] = low.x, x[1] = low.y, x[2] = low.z, x[3] = low.w;
-    x[4] = high.x, x[5] = high.y, x[6] = high.z, x[7] = high.w;
 }
 
 }  // namespace sage
