@@ -26,7 +26,7 @@ from .sources import source_hash
 PACKAGE = Path(__file__).resolve().parent
 BUILD = f"run {sys.executable} install.py in {PACKAGE.parent}"
 # Bytes of q, k and v from which a call quantises them one by one, so that each can be freed before the next one's codes
-# are allocated. Below, one launch for all three saves time.
+# are allocated. Below, and where k and v are a small part of that, one launch for all three saves time.
 LARGE = 256 << 20
 
 _forced: dict[str, int] = {}  # what `with_wgmma` adds to each call
@@ -267,7 +267,7 @@ def _run(
 ) -> None:
     """The four steps; the guard of `exact` comes as early as it can, because it is the last to need q, k and v."""
     step, device, sizes = binary(), qkv[0].device, call.bytes()
-    if sum(x.nbytes for x in qkv) < LARGE:
+    if sum(x.nbytes for x in qkv) < LARGE or sum(x.nbytes for x in qkv[1:]) < LARGE // 16:
         scratch = _scratch(sum(sizes), device)
         stats, q_at, k_at, v_at, partials = accumulate(sizes[:-1], initial=scratch.data_ptr())
         step.stats(call, k, v, stats)

@@ -87,6 +87,12 @@ def test_a_large_call_frees_each_input_early(steps, monkeypatch):
     assert left == []
 
 
+def test_a_large_call_with_few_keys_takes_four_steps(steps, monkeypatch):
+    monkeypatch.setattr(cuda, "LARGE", 200_000)
+    *_, left, _ = call_cuda(steps, nq=1000, nk=9, d=64, heads=4, kv_heads=2)  # 1 MB and 9 kB
+    assert [name for name, _, _ in steps.log] == ["stats", "quantize", "exact", "attention"] and left == []
+
+
 def test_cuda_views_of_both_layouts(steps):
     *_, ((address, b, n, h), _, _) = call_cuda(steps, layout="NHD", b=2, nq=9, heads=3, return_lse=False)
     assert steps.log[1][1][1] == (address, b, h, n)
