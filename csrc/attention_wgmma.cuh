@@ -346,7 +346,7 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct WgmmaAttention {
         // First all tiles but the last, then that one; those that are followed by one that may be seen as a whole by themselves.
 #pragma unroll 1
         for (bool last = false;; last = true) {
-            plain = agreed(MASKED || work.large ? 0 : plain);  // with a mask the loop below is not run, but without it others spill
+            plain = agreed(MASKED || work.large ? 0 : plain);  // with a mask none; but without this loop the other one spills
             for (; tile < plain; ++tile) turn<false>(state, work, tile, tile + 1);
             for (; tile < end; ++tile) turn<true>(state, work, tile, tile + ahead);
             if (last) break;

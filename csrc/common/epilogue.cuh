@@ -46,7 +46,9 @@ template <DType DTYPE> __device__ __forceinline__ void store8(void* data, int64_
 #pragma unroll
         for (int i = 0; i < 4; ++i)
             w[i] = DTYPE == DType::f16 ? ptx::to_f16x2(x[2 * i], x[2 * i + 1]) : ptx::to_bf16x2(x[2 * i], x[2 * i + 1]);
-        asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(static_cast<uint16_t*>(data) + at), "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3]) : "memory");
+        // The compiler takes some of these apart, into four stores each, if it may.
+        asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(static_cast<uint16_t*>(data) + at), "r"(w[0]), "r"(w[1]),
+                     "r"(w[2]), "r"(w[3]) : "memory");
     }
 }
 

@@ -15,7 +15,8 @@ template <Mode MODE, int M, int KEYS, int V_DIM, bool MASKED, bool WGMMA> struct
     static constexpr int N = KEYS / 8;           // columns of 8 keys
     static constexpr int GROUPS = KEYS / PANEL;  // of keys that share a K scale
     static constexpr int P_WORDS = KEYS * v_bytes(MODE) / 16;  // of a row half, in one thread
-    static constexpr int CHAINS = WGMMA && p_type(MODE) == PType::u8 ? 2 : 1;  // in which a row's maximum is sought; each waits for itself
+    // Chains in which a row's maximum is sought, each of which waits for itself alone.
+    static constexpr int CHAINS = WGMMA && p_type(MODE) == PType::u8 ? 2 : 1;
     using Pv = PV<MODE>;
 
     // A thread's scores: floats of value MAGIC + code; with a mask, real scores once hide() has been there.

@@ -257,7 +257,9 @@ def test_varlen(is_causal, kernel, poisoned):
         want, _ = exact(*alone, is_causal=is_causal)
         close(got[None].transpose(1, 2), want, tolerance(kernel[1]) + 0.01)
         twin, _ = emulated(*alone, config=config, is_causal=is_causal)
-        close(got[None].transpose(1, 2), twin, 1.5 * limit(kernel, torch.float16))  # few numbers: a code that differs counts
+        close(
+            got[None].transpose(1, 2), twin, 1.5 * limit(kernel, torch.float16)
+        )  # few numbers: a code that differs counts
 
 
 @each(ONE_EACH)
