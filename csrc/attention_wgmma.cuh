@@ -7,42 +7,12 @@
 #pragma once
 
 #include "common/softmax.cuh"
+#include "common/stages.cuh"
 #include "common/wgmma.cuh"
 #include "params.h"
 #include "tiles.h"
 
 namespace sage {
-
-// What the copies bring, block after block without a pause: at each turn K of the next tile and V of the one before it, and with
-// the first tile of a block its Q. Stages go round, and so do Q's places, of which as many may be in use.
-template <int Q_BYTES, int K_BYTES, int V_BYTES> struct Stages {
-    static constexpr int COUNT = 3;
-    static constexpr int BRIEFS = 2;  // what the helpers have ready (WgmmaAttention::help): of this block and the next
-    static constexpr int BYTES = COUNT * (Q_BYTES + K_BYTES + V_BYTES);
-    static constexpr int BARRIERS = 3 * COUNT + 2 * BRIEFS, BARRIER_BYTES = (BARRIERS * 8 + 15) / 16 * 16;
-    uint32_t shared;  // Q's places, K's and V's stages, then the barriers
-
-    __device__ uint32_t q(int place) const { return shared + place * Q_BYTES; }
-    __device__ uint32_t k(int stage) const { return shared + COUNT * Q_BYTES + stage * K_BYTES; }
-    __device__ uint32_t v(int stage) const { return shared + COUNT * (Q_BYTES + K_BYTES) + stage * V_BYTES; }
-    __device__ uint32_t full(int stage) const { return shared + BYTES + stage * 8; }
-    __device__ uint32_t k_free(int stage) const { return full(COUNT + stage); }
-    __device__ uint32_t v_free(int stage) const { return full(2 * COUNT + stage); }
-    __device__ uint32_t brief_ready(int which) const { return full(3 * COUNT + which); }
-    __device__ uint32_t brief_free(int which) const { return full(3 * COUNT + BRIEFS + which); }
-
-    __device__ void init(int warpgroups, int helpers) const {
-        for (int stage = 0; stage < COUNT; ++stage) {
-            ptx::init_barrier(full(stage), 1);
-            ptx::init_barrier(k_free(stage), warpgroups);
-            ptx::init_barrier(v_free(stage), warpgroups);
-        }
-        for (int which = 0; which < BRIEFS; ++which) {
-            ptx::init_barrier(brief_ready(which), helpers);
-            ptx::init_barrier(brief_free(which), warpgroups * 128);
-        }
-    }
-};
 
 template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct WgmmaAttention {
     static constexpr int KEYS = WGMMA_KEYS;
@@ -51,7 +21,7 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct WgmmaAttention {
     static constexpr int K_BYTES = KEYS * DIM, V_BYTES = KEYS * V_DIM * v_bytes(MODE), Q_BYTES = ROWS * DIM;
     // A brief: 32-bit words, from these on.
     static constexpr int FINISH = 0, Q_SCALES = FINISH + 2 * V_DIM, K_SCALES = Q_SCALES + ROWS, PLACE = K_SCALES + 4 * KEYS / PANEL;
-    static constexpr int BRIEF_BYTES = (PLACE + 12) * 4;
+    static constexpr int PLACE_WORDS = 12, BRIEF_BYTES = (PLACE + PLACE_WORDS) * 4;
     using Tiles = Stages<Q_BYTES, K_BYTES, V_BYTES>;
     static constexpr int ALIGNMENT = 1024;  // of swizzled rows
     static constexpr int SHARED_BYTES = ALIGNMENT + Tiles::BYTES + Tiles::BARRIER_BYTES + Tiles::BRIEFS * BRIEF_BYTES;
@@ -157,10 +127,10 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct WgmmaAttention {
         const Call& call;
         const typename Soft::Place& at;
         const Tiles& tiles;
-        uint32_t k_rows, v_rows;          // wgmma::descriptor of the first stages
-        const float* k_scales;            // of this thread's keys
-        bool leads;                       // this thread speaks for its warpgroup
-        bool large;                       // some scores may count much (Softmax::exponent)
+        uint32_t k_rows, v_rows;  // wgmma::descriptor of the first stages
+        const float* k_scales;    // of this thread's keys
+        bool leads;               // this thread speaks for its warpgroup
+        bool large;               // some scores may count much (Softmax::exponent)
     };
 
     __device__ static void load_k_scale(State& state, const Work& work, int tile) {
@@ -269,17 +239,22 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct WgmmaAttention {
         if (!HOLD_K) load_k_scale(state, work, tile + 2);
     }
 
-    // First query of this warp; computed anew, rather than to hold it in a register through the loop.
-    __device__ static int own_row(const typename Soft::Place& at) { return at.first + (ptx::thread_again() / 32 - 4) * 16; }
+    // First query of this warp, from the block's first one on; computed anew, rather than to hold it in a register through the loop.
+    __device__ static int warp_row() { return (ptx::thread_again() / 32 - 4) * 16; }
 
-    __device__ static float said(uint32_t brief, int word) { return __int_as_float(ptx::load_shared4(brief + word * 4)); }
-
-    // What a brief says of its block.
+    // What a brief says of its block, from PLACE on: tell() puts it there, and read() is called again when it is needed again, rather
+    // than to hold it through the loop.
     struct Brief {
         typename Soft::Place at;
         float k_top;  // the head's largest K scale
         bool bad;     // another kernel has computed the head exactly
     };
+    __device__ static void tell(const typename Soft::Place& at, const Stats& stats, uint32_t brief) {
+        const int32_t words[PLACE_WORDS] = {int(at.q_row), int(at.kv_row), at.head, at.first, at.tile_begin, at.tile_end, at.q.n, at.k.n,
+                                            int(at.q.first), at.split, stats.k_top[at.kv_row], stats.bad[at.kv_row]};
+#pragma unroll
+        for (int i = 0; i < PLACE_WORDS; ++i) ptx::store_shared4(brief + (PLACE + i) * 4, words[i]);
+    }
     __device__ static Brief read(const Call& call, uint32_t brief) {
         const uint32_t from = brief + PLACE * 4;
         const uint4 a = ptx::load_shared16(from), b = ptx::load_shared16(from + 16), c = ptx::load_shared16(from + 32);
@@ -288,7 +263,7 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct WgmmaAttention {
         at.q_row = a.x, at.kv_row = a.y, at.head = a.z, at.first = a.w;
         at.tile_begin = b.x, at.tile_end = b.y, at.q.n = b.z, at.k.n = b.w;
         at.q.first = c.x, at.split = c.y, said.k_top = __uint_as_float(c.z), said.bad = c.w;
-        at.row = own_row(at);
+        at.row = at.first + warp_row();
         at.whole_end = (call.is_causal ? min(at.k.n, at.row + 1) : at.k.n) / KEYS;
         return said;
     }
@@ -305,11 +280,11 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct WgmmaAttention {
 
     // The scales of a block's queries and of its first tile.
     __device__ static void take_scales(State& state, uint32_t brief) {
+        const auto scale = [&](int word) { return __int_as_float(ptx::load_shared4(brief + word * 4)); };
 #pragma unroll
-        for (int r = 0; r < 2; ++r)
-            state.rows.scale[0][r] = said(brief, Q_SCALES + (ptx::thread_again() / 32 - 4) * 16 + r * 8 + Soft::lane() / 4);
+        for (int r = 0; r < 2; ++r) state.rows.scale[0][r] = scale(Q_SCALES + warp_row() + r * 8 + Soft::lane() / 4);
 #pragma unroll
-        for (int g = 0; g < GROUPS; ++g) state.k_scale[g] = said(brief, K_SCALES + g * 4 + Soft::lane() % 4);
+        for (int g = 0; g < GROUPS; ++g) state.k_scale[g] = scale(K_SCALES + g * 4 + Soft::lane() % 4);
     }
 
     // The scores of the very first tile, with nothing else to do meanwhile.
@@ -404,12 +379,7 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct WgmmaAttention {
                 store(FINISH + channel, __float_as_int(finish.x));
                 store(FINISH + V_DIM + channel, __float_as_int(finish.y));
             }
-            if (thread == 0) {
-                const int32_t place[] = {int(at.q_row), int(at.kv_row), at.head, at.first, at.tile_begin, at.tile_end, at.q.n, at.k.n,
-                                         int(at.q.first), at.split, stats.k_top[at.kv_row], stats.bad[at.kv_row]};
-#pragma unroll
-                for (int i = 0; i < 12; ++i) store(PLACE + i, place[i]);
-            }
+            if (thread == 0) tell(at, stats, to);
             ptx::arrive(tiles.brief_ready(which));
             if ((which ^= 1) == 0) phase ^= 1;
         });

@@ -294,7 +294,7 @@ template <Mode MODE, int M, int KEYS, int V_DIM, bool MASKED, bool WGMMA> struct
                     }
             }
         };
-        // Where nothing is to be left out, as mostly, there is no branch between the stores.
+        // Where nothing is to be left out, and every query has seen a key, as mostly, nothing is asked between the stores.
         bool whole = at.row + 16 * M <= at.q.n && call.head_dim == V_DIM;
 #pragma unroll
         for (int m = 0; m < M; ++m) whole &= inverse[m][0] != 0.0f && inverse[m][1] != 0.0f;
