@@ -13,7 +13,8 @@ constexpr int ROWS = 32;     // queries and keys at a time; a thread has two of 
 constexpr int SLICE = 64;    // channels of K or V in shared memory at a time; a thread sums 4 of each slice for its two queries
 constexpr int SLICES = 4;    // of the largest head_dim
 constexpr int PAD = 4;       // floats after a row, so that 8 rows read at once lie in different banks
-constexpr int PROGRAMS = 16;  // that share a head's queries
+constexpr int MOST_SHARES = 16;     // of a head's queries
+constexpr int MOST_PROGRAMS = 128;  // of a launch, whose programs mostly find nothing to do: no more than run at once
 
 struct ExactJob {
     Call call;
@@ -22,7 +23,8 @@ struct ExactJob {
     const int32_t* bad;
     View out;
     float* lse;
-    int programs;
+    int shares;          // of a head's queries
+    int64_t all_shares;  // of all heads
 };
 
 struct Shared {
@@ -216,18 +218,16 @@ __device__ __forceinline__ void store(const ExactJob& job, const Rows& rows, int
     }
 }
 
-// Programs i, i + programs, ... of a head share its blocks of queries.
-template <DType DTYPE> __global__ void __launch_bounds__(THREADS, 1) exact_kernel(const __grid_constant__ ExactJob job) {
-    __shared__ __align__(16) Shared s;
+// Blocks share, share + shares, ... of a head's queries.
+template <DType DTYPE> __device__ __forceinline__ void attend_share(const ExactJob& job, Shared& s, int row, int share) {
     const Call& call = job.call;
-    const int row = blockIdx.x / job.programs, b = row / call.heads, h = row % call.heads, kv_head = h / call.group();
-    if (job.bad[int64_t(b) * call.kv_heads + kv_head] == 0) return;
+    const int b = row / call.heads, h = row % call.heads, kv_head = h / call.group();
     const auto q = Tokens<DTYPE>::of(job.q, call.cu_q, b, h, call.nq);
     const auto k = Tokens<DTYPE>::of(job.k, call.cu_k, b, kv_head, call.nk);
     const auto v = Tokens<DTYPE>::of(job.v, call.cu_k, b, kv_head, call.nk);
     const Mask mask = mask_of_head(job.mask, b, h);
     const int64_t out = (call.cu_q ? 0 : b) * job.out.b + h * job.out.h + span(call.cu_q, b, call.nq).first * job.out.n;
-    for (int first = blockIdx.x % job.programs * ROWS; first < q.n; first += job.programs * ROWS) {
+    for (int first = share * ROWS; first < q.n; first += job.shares * ROWS) {
         __syncthreads();
         // scaled before and not after q . k, which may be larger than a float can be where the score is not
         for (int channel = 0; channel < q.head_dim; channel += SLICE) stage(q, first, channel, s.q, channel, call.sm_scale);
@@ -236,6 +236,21 @@ template <DType DTYPE> __global__ void __launch_bounds__(THREADS, 1) exact_kerne
         attend(job, s, k, v, mask, first, q.n, rows);
         store<DTYPE>(job, rows, row, out, first, q.n);
     }
+}
+
+template <DType DTYPE> __global__ void __launch_bounds__(THREADS, 1) exact_kernel(const __grid_constant__ ExactJob job) {
+    __shared__ __align__(16) Shared s;
+    const Call& call = job.call;
+    const auto bad = [&](int64_t share) {
+        const int64_t row = share / job.shares;
+        return job.bad[row / call.heads * call.kv_heads + row % call.heads / call.group()];
+    };
+    const int64_t step = gridDim.x;
+    int any = 0;
+    for (int64_t share = blockIdx.x + threadIdx.x * step; share < job.all_shares; share += THREADS * step) any |= bad(share);
+    if (!__syncthreads_or(any)) return;
+    for (int64_t share = blockIdx.x; share < job.all_shares; share += step)
+        if (bad(share)) attend_share<DTYPE>(job, s, int(share / job.shares), int(share % job.shares));
 }
 
 }  // namespace

@@ -183,8 +183,13 @@ __device__ __forceinline__ void quantize_v(const CodesJob& job, int row, int fir
                 const int32_t other = __shfl_xor_sync(~0u, second ? sums[c] : sums[c + width], width);
                 sums[c] = (second ? sums[c + width] : sums[c]) + other;
             }
-        auto* total = reinterpret_cast<unsigned long long*>(job.stats.v_sums + own + lane % 4 + (lane & 2));
-        atomicAdd(total, static_cast<unsigned long long>(int64_t(sums[0])));
+        // and the two halves of the tokens meet in shared memory, as each addition to the head's sums takes the L2 cache time
+        __shared__ int32_t second[DIM];
+        const int mine = group + lane / 4 % 4 * 8 + lane / 16 * 2 + lane % 4 + (lane & 2);
+        if (half) second[mine] = sums[0];
+        __syncthreads();
+        auto* total = reinterpret_cast<unsigned long long*>(job.stats.v_sums + int64_t(row) * DIM + mine);
+        if (!half) atomicAdd(total, static_cast<unsigned long long>(int64_t(sums[0] + second[mine])));
     }
 
     const int log2_of_row = wgmma ? 7 : 6;

@@ -107,7 +107,8 @@ class ExactJob(Structure):
         ("bad", Pointer),
         ("out", View),
         ("lse", Pointer),
-        ("programs", c_int32),
+        ("shares", c_int32),
+        ("all_shares", c_int64),
     ]
 
 
@@ -242,7 +243,7 @@ FACTS: dict[str, list[str]] = {
     ],
     "stats.cuh": ["THREADS"],
     "quantize.cuh": ["TILE", *map(program_threads, sorted(set(DIMS.values())))],
-    "exact.cuh": ["THREADS", "ROWS", "PROGRAMS"],
+    "exact.cuh": ["THREADS", "ROWS", "MOST_SHARES", "MOST_PROGRAMS"],
     "combine.cuh": ["COMBINE_THREADS", "COMBINE_CHANNELS"],
 }
 WGMMA = "attention_wgmma.cuh"

@@ -165,9 +165,10 @@ class Cubins:
         to, hidden = view("out", out), cubin_call.mask(mask)
         known, lse = call.stats.at("stats", stats), _lse(call, lse)
         facts = self._facts["exact.cuh"]
-        programs = min(pieces(call.fields.nq, facts["ROWS"]), facts["PROGRAMS"])
-        job = layout.ExactJob(call.fields, *inputs, hidden, known.bad, to, lse, programs)
-        self._launch(call, layout.exact(call.fields.dtype), call.q_rows * programs, job)
+        shares = min(pieces(call.fields.nq, facts["ROWS"]), facts["MOST_SHARES"])
+        job = layout.ExactJob(call.fields, *inputs, hidden, known.bad, to, lse, shares, call.q_rows * shares)
+        programs = min(call.q_rows * shares, facts["MOST_PROGRAMS"])
+        self._launch(call, layout.exact(call.fields.dtype), programs, job)
 
     def attention(
         self,

@@ -193,6 +193,17 @@ def test_combine_follows_split_attention(driver, small_cubins, monkeypatch):  # 
     assert asked[2][0] == "attention_mma<Mode::int8_int32, 128, 128, true>"
 
 
+@pytest.mark.parametrize("heads, nq, shares, programs", [(4, 300, 10, 40), (4, 4096, 16, 64), (64, 4096, 16, 128)])
+def test_programs_of_exact(driver, small_cubins, monkeypatch, heads, nq, shares, programs):  # noqa: F811
+    """One for each share of a head's queries, but no more than run at once: they take one share after another."""
+    made, asked = small_cubins(("9.0",)), []
+    monkeypatch.setattr(made, "_launch", lambda call, kernel, blocks, job: asked.append((kernel, blocks, job)))
+    made.exact(made.Call(**fields(heads=heads, nq=nq)), VIEW, VIEW, VIEW, None, 1 << 16, VIEW, 512)
+    [(kernel, blocks, job)] = asked
+    assert kernel == "exact_kernel<DType::bf16>" and blocks == programs
+    assert (job.shares, job.all_shares, job.bad) == (shares, heads * shares, 1 << 16)
+
+
 @pytest.mark.parametrize(
     "changes, mask, blocks",
     [

@@ -77,6 +77,19 @@ def test_special_values(which, kernel):
 
 
 @each()
+def test_special_values_in_a_few_of_many_heads(kernel):
+    """More shares of heads than exact attention has programs, and it finds those that it is to do wherever they are."""
+    config = config_of(kernel)
+    q, k, v = qkv(2, 40, 600, 600, 64, 40, torch.float16, "cuda")
+    for head, token in ((0, 0), (17, 300), (39, 599)):
+        v[head % 2, head, token, 5] = float("nan")
+    out = sage_kernels.attention(q, k, v, config=config)
+    want, _ = exact(q, k, v)
+    same_special(out, want)
+    assert int(want.isnan().sum()) == 3 * 600 and relative_l2(out, want) < tolerance(kernel[1])
+
+
+@each()
 @pytest.mark.parametrize("size", [7, 20, 200, 3000])
 def test_large_scores(size, kernel):
     """Scores of hundreds to millions: P's largest code must not wrap or overflow where the exponent is rounded."""
