@@ -39,8 +39,13 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct WgmmaAttention {
     static constexpr float HEADROOM = Pv::P_AT_TILE ? 64.0f : 0.0f;
 
     // In which order the compiler has a turn's instructions is worth 5 %, and what makes it choose a good one was found by trying, for
-    // int8 codes and for the others (docs/hopper.md). The result is the same.
-    static constexpr bool FLUSH_FIRST = MODE == Mode::int8_int32, HOLD_K = !FLUSH_FIRST;
+    // each mode (docs/hopper.md). The result is the same.
+    static constexpr bool FLUSH_FIRST = MODE == Mode::int8_int32, HOLD_K = !FLUSH_FIRST && MODE != Mode::fp8_fp32;
+
+    // Words of P in a thread and row that are computed while the rest of the tile before is still being summed: half or none, whatever
+    // is faster.
+    static constexpr bool START_EARLY = MODE == Mode::fp8_fp32_fp32 || (MODE == Mode::fp8_fp32_fp16 && V_DIM == 64);
+    static constexpr int EARLY = START_EARLY ? Soft::P_WORDS / 2 : 0;
 
     // What a warpgroup keeps from one tile to the next.
     struct State {
@@ -54,6 +59,7 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct WgmmaAttention {
         float k_scale[GROUPS];        // of the next tile
         uint32_t q_rows;              // wgmma::descriptor of Q
         int next, phase;              // where the tile's V is and the next one's K; the phase of their barrier
+        int done;                     // the stage that was used last
     };
 
     template <class T, int A, int B> __device__ static T (&flat(T (&x)[A][B]))[A * B] { return reinterpret_cast<T(&)[A * B]>(x); }
@@ -84,6 +90,7 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct WgmmaAttention {
             if constexpr (p_type(MODE) == PType::u8) wgmma::mma_u8s8(flat(sums), a, b, add);
             else if constexpr (p_type(MODE) == PType::f16) wgmma::mma_f16(flat(sums), a, b, add);
             else wgmma::mma_e4m3(flat(sums), a, b, add);
+            if (2 * (step + 1) == EARLY) wgmma::commit();
         }
         wgmma::commit();
     }
@@ -160,18 +167,6 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct WgmmaAttention {
         wgmma::changed(state.base[0]);
     }
 
-    // From the scores of a tile to P. The rows' largest are exchanged, and the sums of the tile before added, meanwhile.
-    template <bool CAREFUL>
-    __device__ static void weigh(State& state, const Work& work, typename Soft::Probabilities& p, float (&sums)[1][2]) {
-        find_base(state);
-        if constexpr (IN_PLACE) rescale(state);
-        if (FLUSH_FIRST) flush(state);
-        const auto exponent = Soft::exponent(state.s, state.base, state.scale, work.call.p_max_log2, CAREFUL && work.large);
-        if (!FLUSH_FIRST) flush(state);
-        Soft::weigh(p, sums, state.s, exponent, state.base, work.call.p_max_log2);
-        wgmma::changed(flat(p[0]));
-    }
-
     __device__ static void multiply_pv(State& state, const Work& work, const typename Soft::Probabilities& p) {
         const uint32_t v = work.v_rows + state.next * (V_BYTES / 16);
         if constexpr (IN_PLACE) multiply_pv(state.rows.acc[0], p, v);
@@ -181,6 +176,39 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct WgmmaAttention {
         wgmma::wait<0>();
         if constexpr (IN_PLACE) wgmma::changed(flat(state.rows.acc[0]));
         else wgmma::changed(flat(state.part));
+        wgmma::changed(flat(state.s[0]));
+    }
+    __device__ static void finish_pv(State& state, const Work& work) {
+        await_pv(state);
+        if (work.leads) ptx::arrive(work.tiles.v_free(state.done));
+    }
+    // Not before `known` is known, or the compiler would wait for P V before it looks for that. What is added is 0, as a batch is not
+    // negative, which it cannot see.
+    __device__ static void release_k(const State& state, const Work& work, const float (&known)[2]) {
+        const uint32_t bits = __float_as_uint(known[0]) | __float_as_uint(known[1]);
+        if (work.leads) ptx::arrive(work.tiles.k_free(state.done) + ((bits & uint32_t(work.call.batch)) >> 31));
+    }
+
+    // From the scores of a tile to P. The rows' largest are exchanged, and the sums of the tile before added, meanwhile.
+    template <bool CAREFUL>
+    __device__ static void weigh(State& state, const Work& work, typename Soft::Probabilities& p, float (&sums)[1][2]) {
+        if constexpr (EARLY > 0) {
+            wgmma::wait<1>();  // of P, the words up to EARLY can be written
+            wgmma::changed(flat(state.s[0]));
+        }
+        find_base(state);
+        if constexpr (IN_PLACE) rescale(state);
+        if (FLUSH_FIRST) flush(state);
+        const auto exponent = Soft::exponent(state.s, state.base, state.scale, work.call.p_max_log2, CAREFUL && work.large);
+        if constexpr (EARLY > 0) {
+            Soft::template weigh<0, EARLY>(p, sums, state.s, exponent, state.base, work.call.p_max_log2);
+            wgmma::changed(sums[0]);
+            release_k(state, work, sums[0]);
+            finish_pv(state, work);
+        }
+        if (!FLUSH_FIRST) flush(state);
+        Soft::template weigh<EARLY>(p, sums, state.s, exponent, state.base, work.call.p_max_log2);
+        wgmma::changed(flat(p[0]));
     }
 
     // The sums of P, and what this tile's sums of P V will count.
@@ -198,11 +226,10 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct WgmmaAttention {
         }
     }
 
-    // To the next stage; returns the one before.
-    __device__ static int advance(State& state) {
-        const int done = state.next;
+    // To the next stage.
+    __device__ static void advance(State& state) {
+        state.done = state.next;
         if (++state.next == Tiles::COUNT) state.next = 0, state.phase ^= 1;
-        return done;
     }
 
     // A tile whose scores are here, up to where those of the next one are, which behind the last is the first of the next block.
@@ -217,25 +244,20 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct WgmmaAttention {
         wgmma::fence();
         multiply_qk(state.s, state.q_rows, work.k_rows + state.next * (K_BYTES / 16));
         multiply_pv(state, work, p);
-        const int done = advance(state);
+        advance(state);
         const uint32_t passed = ptx::barrier_passed(tiles.full(state.next), state.phase);
         add_up(state, sums);
         ptx::wait_barrier(tiles.full(state.next), state.phase, passed);
-        wgmma::wait<1>();
+        wgmma::wait<EARLY ? 2 : 1>();
         wgmma::changed(flat(state.s[0]));
         find_tops<CAREFUL>(state, work, next);
         if constexpr (HOLD_K) {
-            // Only when the largest are known, or the compiler would wait for P V before it looks for them. What is added is 0, as a
-            // batch is not negative, which it cannot see.
-            const uint32_t known = __float_as_uint(state.tops[0][0]) | __float_as_uint(state.tops[0][1]);
-            if (work.leads) ptx::arrive(tiles.k_free(done) + ((known & uint32_t(work.call.batch)) >> 31));
+            if constexpr (EARLY == 0) release_k(state, work, state.tops[0]);
             load_k_scale(state, work, tile + 2);
         } else if (work.leads) {
-            ptx::arrive(tiles.k_free(done));
+            ptx::arrive(tiles.k_free(state.done));
         }
-        await_pv(state);
-        wgmma::changed(flat(state.s[0]));
-        if (work.leads) ptx::arrive(tiles.v_free(done));
+        if constexpr (EARLY == 0) finish_pv(state, work);
         if (!HOLD_K) load_k_scale(state, work, tile + 2);
     }
 
@@ -290,7 +312,7 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct WgmmaAttention {
     // The scores of the very first tile, with nothing else to do meanwhile.
     __device__ static void begin(State& state, const Work& work, uint32_t brief) {
         ptx::wait_barrier(work.tiles.full(0), 0);
-        if (work.leads) ptx::arrive(work.tiles.v_free(0));  // the first turn brings no V
+        if (work.leads && EARLY == 0) ptx::arrive(work.tiles.v_free(0));  // the first turn brings no V
         take_scales(state, brief);
         clear(state.s);
         wgmma::fence();
@@ -299,7 +321,7 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct WgmmaAttention {
         ptx::wait_barrier(work.tiles.full(state.next), state.phase);
         wgmma::wait<0>();
         wgmma::changed(flat(state.s[0]));
-        if (work.leads) ptx::arrive(work.tiles.k_free(0));
+        if (work.leads && EARLY == 0) ptx::arrive(work.tiles.k_free(0));  // else the first tile does both
         find_tops<true>(state, work, work.at.tile_begin);
     }
 
@@ -330,6 +352,7 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct WgmmaAttention {
             plain = work.at.tile_begin < work.at.whole_end ? end + 1 : 0;
             ++end;
         }
+        if constexpr (EARLY > 0) await_pv(state);
         flush(state);
     }
 

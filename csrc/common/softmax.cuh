@@ -15,8 +15,9 @@ template <Mode MODE, int M, int KEYS, int V_DIM, bool MASKED, bool WGMMA> struct
     static constexpr int N = KEYS / 8;           // columns of 8 keys
     static constexpr int GROUPS = KEYS / PANEL;  // of keys that share a K scale
     static constexpr int P_WORDS = KEYS * v_bytes(MODE) / 16;  // of a row half, in one thread
-    // Chains in which a row's maximum is sought, each of which waits for itself alone.
-    static constexpr int CHAINS = WGMMA && p_type(MODE) == PType::u8 ? 2 : 1;
+    // Chains in which a row's maximum is sought, each of which waits for itself alone: as many as are faster.
+    static constexpr bool TWO_CHAINS = MODE == Mode::int8_int32 || MODE == Mode::fp8_fp32_fp16 || MODE == Mode::fp8_fp32;
+    static constexpr int CHAINS = WGMMA && TWO_CHAINS ? 2 : 1;
     using Pv = PV<MODE>;
 
     // A thread's scores: floats of value MAGIC + code; with a mask, real scores once hide() has been there.
@@ -205,7 +206,8 @@ template <Mode MODE, int M, int KEYS, int V_DIM, bool MASKED, bool WGMMA> struct
         else return Pv::pack(p);
     }
 
-    // The codes of p, and this thread's sums of it.
+    // Words FROM to TO of the codes of p, and this thread's sums of it, which begin at word 0.
+    template <int FROM = 0, int TO = P_WORDS>
     __device__ static void weigh(Probabilities& p, float (&sums)[M][2], const Scores& s, const Exponent& e, const float (&base)[M][2],
                                  float p_max_log2) {
         constexpr int WORDS = P_WORDS / GROUPS, COLUMNS = 8 / WORDS;  // columns of 8 keys in one word: 1 or 2
@@ -213,9 +215,9 @@ template <Mode MODE, int M, int KEYS, int V_DIM, bool MASKED, bool WGMMA> struct
         for (int m = 0; m < M; ++m)
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
-                float sum;
+                float sum = FROM > 0 ? sums[m][r] : 0.0f;
 #pragma unroll
-                for (int w = 0; w < P_WORDS; ++w) {
+                for (int w = FROM; w < TO; ++w) {
                     const int g = w / WORDS;
                     float values[2 * COLUMNS];
 #pragma unroll
