@@ -186,7 +186,7 @@ def chosen(config: str, device: str) -> Choice:
 
 # The fewest tokens, of queries and of keys, from which auto's whole calls were measured to be about as fast as torch's own
 # attention, or faster: backend and compute capability -> padded head_dim -> tokens. On an H200 (docs/numbers.md): of 4,096 to 4,608
-# tokens a call is at 1.09 to 1.18 times torch's speed, and a step of Flux.1 dev, whose calls are of 4,608, at 1.04.
+# tokens a call is at 1.10 to 1.21 times torch's speed, and a step of Flux.1 dev, whose calls are of 4,608, at 1.03.
 NEVER = 1 << 20  # not at any length that was measured
 BREAK_EVEN = {
     ("cuda", (9, 0)): {64: 16384, 128: 4096},
