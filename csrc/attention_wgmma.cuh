@@ -46,6 +46,7 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct WgmmaAttention {
     // is faster.
     static constexpr bool START_EARLY = MODE == Mode::fp8_fp32_fp32 || (MODE == Mode::fp8_fp32_fp16 && V_DIM == 64);
     static constexpr int EARLY = START_EARLY ? Soft::P_WORDS / 2 : 0;
+    static_assert(EARLY == 0 || (HOLD_K && !IN_PLACE), "K's stage would be free twice, or sums be raised while they change");
 
     // What a warpgroup keeps from one tile to the next.
     struct State {

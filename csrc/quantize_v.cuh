@@ -184,12 +184,12 @@ __device__ __forceinline__ void quantize_v(const CodesJob& job, int row, int fir
                 sums[c] = (second ? sums[c + width] : sums[c]) + other;
             }
         // and the two halves of the tokens meet in shared memory, as each addition to the head's sums takes the L2 cache time
-        __shared__ int32_t second[DIM];
+        __shared__ int32_t of_others[DIM];
         const int mine = group + lane / 4 % 4 * 8 + lane / 16 * 2 + lane % 4 + (lane & 2);
-        if (half) second[mine] = sums[0];
+        if (half) of_others[mine] = sums[0];
         __syncthreads();
         auto* total = reinterpret_cast<unsigned long long*>(job.stats.v_sums + int64_t(row) * DIM + mine);
-        if (!half) atomicAdd(total, static_cast<unsigned long long>(int64_t(sums[0] + second[mine])));
+        if (!half) atomicAdd(total, static_cast<unsigned long long>(int64_t(sums[0] + of_others[mine])));
     }
 
     const int log2_of_row = wgmma ? 7 : 6;
