@@ -109,7 +109,7 @@ template <int BYTES> __device__ __forceinline__ int key_at(bool wgmma, int at) {
 
 // 64 tokens of V. A warp takes 32 of them and of these 32 channels, 8 tokens at a time: they are the columns of B, words as loaded,
 // and A is the identity, so a lane gets 4 channels of two tokens. Which tokens those are is chosen so that the lane's 8 codes of a
-// channel lie side by side, and those of its quad fill 32 or 64 bytes: nothing passes through shared memory.
+// channel lie side by side, and those of its quad fill 32 or 64 bytes: no code passes through shared memory.
 template <DType DTYPE, int DIM, PType TYPE>
 __device__ __forceinline__ void quantize_v(const CodesJob& job, int row, int first) {
     constexpr int BYTES = TYPE == PType::f16 ? 2 : 1, WORDS = 2 * BYTES, GROUPS = DIM / 32;
