@@ -1,12 +1,12 @@
 // Attention with wgmma, for compute capability 9.0 alone: INT8 Q K^T and PV in the modes of has_wgmma.
 //
 // A block has three warpgroups and takes 128 queries at a time. One thread of the first asks for Q and for tiles of K and V, which
-// copies bring into shared memory (copy), and its other warps for what else is needed (help); the other two each own 64 queries. What
+// copies bring into shared memory (copy), and its other warps for what else is needed (Brief::help); the other two each own 64 queries. What
 // these do with a tile is in turn(): a warpgroup's matrix products run in the background of its own softmax and of the other's.
 // docs/hopper.md draws it and lists what else was tried.
 #pragma once
 
-#include "common/softmax.cuh"
+#include "common/briefs.cuh"
 #include "common/stages.cuh"
 #include "common/wgmma.cuh"
 #include "params.h"
@@ -19,16 +19,13 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct WgmmaAttention {
     static constexpr int ROWS = WGMMA_ROWS, WARPGROUPS = ROWS / 64;  // queries of a block, and those who own them
     static constexpr int THREADS = 128 * (WARPGROUPS + 1);
     static constexpr int K_BYTES = KEYS * DIM, V_BYTES = KEYS * V_DIM * v_bytes(MODE), Q_BYTES = ROWS * DIM;
-    // A brief: 32-bit words, from these on.
-    static constexpr int FINISH = 0, Q_SCALES = FINISH + 2 * V_DIM, K_SCALES = Q_SCALES + ROWS, PLACE = K_SCALES + 4 * KEYS / PANEL;
-    static constexpr int PLACE_WORDS = 12, BRIEF_BYTES = (PLACE + PLACE_WORDS) * 4;
+    using Soft = Softmax<MODE, 1, KEYS, V_DIM, MASKED, true>;
+    using Brief = sage::Brief<Soft, ROWS, V_DIM>;
     using Tiles = Stages<Q_BYTES, K_BYTES, V_BYTES>;
     static constexpr int ALIGNMENT = 1024;  // of swizzled rows
-    static constexpr int SHARED_BYTES = ALIGNMENT + Tiles::BYTES + Tiles::BARRIER_BYTES + Tiles::BRIEFS * BRIEF_BYTES;
-    static constexpr int HELPERS = 96;  // threads: all of the first warpgroup whose warps do not copy
+    static constexpr int SHARED_BYTES = ALIGNMENT + Tiles::BYTES + Tiles::BARRIER_BYTES + Tiles::BRIEFS * Brief::BYTES;
     static constexpr int REGISTERS = 240, COPY_REGISTERS = 24;  // of a thread: 2 * 128 * 240 + 128 * 24 are all there are
 
-    using Soft = Softmax<MODE, 1, KEYS, V_DIM, MASKED, true>;
     using Pv = typename Soft::Pv;
     static constexpr int GROUPS = Soft::GROUPS;
     static constexpr bool IN_PLACE = Pv::IN_PLACE;
@@ -262,52 +259,22 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct WgmmaAttention {
         if (!HOLD_K) load_k_scale(state, work, tile + 2);
     }
 
-    // First query of this warp, from the block's first one on; computed anew, rather than to hold it in a register through the loop.
-    __device__ static int warp_row() { return (ptx::thread_again() / 32 - 4) * 16; }
-
-    // What a brief says of its block, from PLACE on: tell() puts it there, and read() is called again when it is needed again, rather
-    // than to hold it through the loop.
-    struct Brief {
-        typename Soft::Place at;
-        float k_top;  // the head's largest K scale
-        bool bad;     // another kernel has computed the head exactly
-    };
-    __device__ static void tell(const typename Soft::Place& at, const Stats& stats, uint32_t brief) {
-        const int32_t words[PLACE_WORDS] = {int(at.q_row), int(at.kv_row), at.head, at.first, at.tile_begin, at.tile_end, at.q.n, at.k.n,
-                                            int(at.q.first), at.split, stats.k_top[at.kv_row], stats.bad[at.kv_row]};
-#pragma unroll
-        for (int i = 0; i < PLACE_WORDS; ++i) ptx::store_shared4(brief + (PLACE + i) * 4, words[i]);
-    }
-    __device__ static Brief read(const Call& call, uint32_t brief) {
-        const uint32_t from = brief + PLACE * 4;
-        const uint4 a = ptx::load_shared16(from), b = ptx::load_shared16(from + 16), c = ptx::load_shared16(from + 32);
-        Brief said;
-        typename Soft::Place& at = said.at;
-        at.q_row = a.x, at.kv_row = a.y, at.head = a.z, at.first = a.w;
-        at.tile_begin = b.x, at.tile_end = b.y, at.q.n = b.z, at.k.n = b.w;
-        at.q.first = c.x, at.split = c.y, said.k_top = __uint_as_float(c.z), said.bad = c.w;
-        at.row = at.first + warp_row();
-        at.whole_end = (call.is_causal ? min(at.k.n, at.row + 1) : at.k.n) / KEYS;
-        return said;
-    }
-
     // The same for the loop over tiles, where the compiler must see that a warp agrees: shuffles show it that.
     __device__ static typename Soft::Place place_of(const Call& call, const Mask& mask, uint32_t brief) {
-        typename Soft::Place at = read(call, brief).at;
-        at.tile_begin = agreed(at.tile_begin), at.tile_end = agreed(at.tile_end);
-        at.whole_end = agreed(at.whole_end), at.k.n = agreed(at.k.n);
-        if (MASKED) at.mask = mask_of_head(mask, call.batch > 1 ? int(at.q_row) / call.heads : 0, agreed(at.head));
+        typename Soft::Place at = Brief::read(call, brief).at;
+        at.tile_begin = Brief::agreed(at.tile_begin), at.tile_end = Brief::agreed(at.tile_end);
+        at.whole_end = Brief::agreed(at.whole_end), at.k.n = Brief::agreed(at.k.n);
+        if (MASKED) at.mask = mask_of_head(mask, call.batch > 1 ? int(at.q_row) / call.heads : 0, Brief::agreed(at.head));
         return at;
     }
-    __device__ static int agreed(int x) { return __shfl_sync(0xFFFFFFFFu, x, 0); }
 
     // The scales of a block's queries and of its first tile.
     __device__ static void take_scales(State& state, uint32_t brief) {
         const auto scale = [&](int word) { return __int_as_float(ptx::load_shared4(brief + word * 4)); };
 #pragma unroll
-        for (int r = 0; r < 2; ++r) state.rows.scale[0][r] = scale(Q_SCALES + warp_row() + r * 8 + Soft::lane() / 4);
+        for (int r = 0; r < 2; ++r) state.rows.scale[0][r] = scale(Brief::Q_SCALES + Brief::warp_row() + r * 8 + Soft::lane() / 4);
 #pragma unroll
-        for (int g = 0; g < GROUPS; ++g) state.k_scale[g] = scale(K_SCALES + g * 4 + Soft::lane() % 4);
+        for (int g = 0; g < GROUPS; ++g) state.k_scale[g] = scale(Brief::K_SCALES + g * 4 + Soft::lane() % 4);
     }
 
     // The scores of the very first tile, with nothing else to do meanwhile.
@@ -344,7 +311,7 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct WgmmaAttention {
         // First all tiles but the last, then that one; those that are followed by one that may be seen as a whole by themselves.
 #pragma unroll 1
         for (bool last = false;; last = true) {
-            plain = agreed(MASKED || work.large ? 0 : plain);  // with a mask none; but without this loop the other one spills
+            plain = Brief::agreed(MASKED || work.large ? 0 : plain);  // with a mask none; but without this loop the other one spills
             for (; tile < plain; ++tile) turn<false>(state, work, tile, tile + 1);
             for (; tile < end; ++tile) turn<true>(state, work, tile, tile + ahead);
             if (last) break;
@@ -382,33 +349,6 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct WgmmaAttention {
         if (before >= 0) turn(-1, -1), turn(-1, -1);  // the second brings nothing, but is waited for
     }
 
-    // What the other warps of its warpgroup do: get from memory what will be needed, one block ahead of those who need it.
-    template <class Blocks>
-    __device__ static void help(const Call& call, const QCodes& q, const KCodes& k, const Stats& stats, const Tiles& tiles, uint32_t briefs,
-                                const Blocks& blocks) {
-        const int thread = threadIdx.x - (128 - HELPERS);
-        int which = 0, phase = 1;
-        blocks([&](const typename Soft::Place& at) {
-            ptx::sleep_on_barrier(tiles.brief_free(which), phase);
-            const uint32_t to = briefs + which * BRIEF_BYTES;
-            const auto store = [&](int word, int32_t x) { ptx::store_shared4(to + word * 4, x); };
-            for (int row = thread; row < ROWS; row += HELPERS)
-                store(Q_SCALES + row, __float_as_int(Soft::q_scale(call, at, q, at.first + row)));
-            if (thread < 4 * GROUPS && at.tile_begin < at.tile_end) {
-                const int64_t group = at.kv_row * call.k_groups() + (at.tile_begin * GROUPS + thread / 4) * call.k_sub;
-                store(K_SCALES + thread, __float_as_int(k.scale[group + thread % 4 * call.k_sub / 4]));
-            }
-            for (int channel = thread; channel < V_DIM; channel += HELPERS) {
-                const float2 finish = finish_of(call, stats, at.kv_row, channel, at.k.n);
-                store(FINISH + channel, __float_as_int(finish.x));
-                store(FINISH + V_DIM + channel, __float_as_int(finish.y));
-            }
-            if (thread == 0) tell(at, stats, to);
-            ptx::arrive(tiles.brief_ready(which));
-            if ((which ^= 1) == 0) phase ^= 1;
-        });
-    }
-
     __device__ static void run(const Call& call, const QCodes& q, const KCodes& k, const VCodes& v, const Stats& stats,
                                const Mask& mask, const Partials& partials, const View& out, float* lse) {
         extern __shared__ char shared[];
@@ -416,7 +356,7 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct WgmmaAttention {
         const uint32_t briefs = tiles.shared + Tiles::BYTES + Tiles::BARRIER_BYTES;
         // The same in all threads of a warp: the shuffle shows that to the compiler, which then has descriptors ready in uniform registers.
         const int group = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 128, 0);
-        if (threadIdx.x == 0) tiles.init(WARPGROUPS, HELPERS);
+        if (threadIdx.x == 0) tiles.init(WARPGROUPS, Brief::HELPERS);
         __syncthreads();
 
         // One query block after another: each(its number, whether more follow). With a mask just one, as that leaves no registers.
@@ -436,7 +376,7 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct WgmmaAttention {
         if (group == 0) {
             asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COPY_REGISTERS));
             if (threadIdx.x == 0) copy(call, q, k, v, tiles, blocks);
-            else if (threadIdx.x >= 128 - HELPERS) help(call, q, k, stats, tiles, briefs, blocks);
+            else if (threadIdx.x >= 128 - Brief::HELPERS) Brief::help(call, q, k, stats, tiles, briefs, blocks);
             return;
         }
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
@@ -453,11 +393,11 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct WgmmaAttention {
             begin(state, work, briefs);
         }
         for_each([&](uint32_t, bool more) {
-            const uint32_t brief = briefs + which * BRIEF_BYTES;
+            const uint32_t brief = briefs + which * Brief::BYTES;
             Soft::start(state.rows);
             wgmma::changed(flat(state.rows.acc[0]));
             if (any) {
-                const Brief said = read(call, brief);
+                const Brief said = Brief::read(call, brief);
                 work.k_scales = k.scale + said.at.kv_row * call.k_groups() + threadIdx.x % 4 * call.k_sub / 4;
                 const float q_top = fmaxf(state.rows.scale[0][0], state.rows.scale[0][1]);
                 work.large = !MASKED && __any_sync(0xFFFFFFFFu, said.k_top * q_top > Soft::LARGE);
@@ -465,7 +405,7 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct WgmmaAttention {
                     if (++place == Tiles::COUNT) place = 0;
                     state.q_rows = q_rows();
                     if (!more) return;
-                    const uint32_t next = briefs + (which ^ 1) * BRIEF_BYTES;
+                    const uint32_t next = briefs + (which ^ 1) * Brief::BYTES;
                     ptx::wait_barrier(tiles.brief_ready(which ^ 1), phase ^ which);
                     take_scales(state, next);
                     at = place_of(call, mask, next);
@@ -473,13 +413,10 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct WgmmaAttention {
             } else {
                 ptx::wait_barrier(tiles.brief_ready(which), phase);
             }
-            const Brief said = read(call, brief);
+            const Brief said = Brief::read(call, brief);
             if (!said.bad)
                 Soft::write(call, said.at, state.rows, q, partials, out, lse, [&](int channel) {
-                    Finish f;
-                    ptx::load_shared32(f.scale, brief + (FINISH + channel) * 4);
-                    ptx::load_shared32(f.put_back, brief + (FINISH + V_DIM + channel) * 4);
-                    return f;
+                    return Brief::finish(brief, channel);
                 });
             ptx::arrive(tiles.brief_free(which));
             if ((which ^= 1) == 0) phase ^= 1;
