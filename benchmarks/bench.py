@@ -36,16 +36,20 @@ from inputs import DISTRIBUTIONS, centred_error, exact, make, some_rows  # noqa:
 from providers import OURS, Quantisation, all_ours, intents_of, peers, title  # noqa: E402
 
 SHAPES = {  # (B, H, Nq, Nk, D), causal
+    "3.5k": ((1, 24, 3584, 3584, 128), False),
     "4k": ((4, 32, 4096, 4096, 128), False),
     "16k": ((4, 32, 16384, 16384, 128), False),
     "32k": ((4, 32, 32768, 32768, 128), False),
     "16k causal": ((4, 32, 16384, 16384, 128), True),
+    "8k d64": ((1, 24, 8192, 8192, 64), False),
     "16k d64": ((4, 32, 16384, 16384, 64), False),
     "Flux 1024²": ((1, 24, 4608, 4608, 128), False),
     "Wan 14B 480p": ((1, 40, 32760, 32760, 128), False),
     "Wan 14B 720p": ((1, 40, 75600, 75600, 128), False),
     "HunyuanVideo 720p": ((1, 24, 119056, 119056, 128), False),
     "Wan cross": ((1, 40, 32760, 512, 128), False),
+    "cross, 1.5k keys": ((1, 40, 32760, 1536, 128), False),
+    "SD3.5 medium": ((2, 24, 4250, 4250, 64), False),
     "SDXL": ((2, 10, 4096, 4096, 64), False),
 }
 QUICK = ("16k", "Wan 14B 480p")

@@ -8,11 +8,11 @@ so a process must use one of the two, never both.
 if "." in __package__:
     from ..sage_kernels import AttentionConfig, attention, attention_consuming, explain
     from ..sage_kernels.config import INTENTS, PV_MODES, QK_GRANULARITIES
-    from ..sage_kernels.dispatch import break_even
+    from ..sage_kernels.dispatch import too_few
 else:
     from sage_kernels import AttentionConfig, attention, attention_consuming, explain
     from sage_kernels.config import INTENTS, PV_MODES, QK_GRANULARITIES
-    from sage_kernels.dispatch import break_even
+    from sage_kernels.dispatch import too_few
 
 __all__ = [
     "INTENTS",
@@ -21,6 +21,6 @@ __all__ = [
     "AttentionConfig",
     "attention",
     "attention_consuming",
-    "break_even",
     "explain",
+    "too_few",
 ]

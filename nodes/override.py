@@ -12,7 +12,7 @@ import torch
 from .blocks import Selection, position
 from .call import mask_4d, not_understood, to_comfy, unview, views
 from .errors import serve_or_raise
-from .kernels import AttentionConfig, attention, attention_consuming, break_even, explain
+from .kernels import AttentionConfig, attention, attention_consuming, explain, too_few
 from .sampling import Patch
 
 
@@ -179,7 +179,5 @@ def _too_few(settings: Settings, backend: str, q, k, layout: str) -> str | None:
     if settings.min_tokens >= 0:
         return None
     tokens = 2 if layout == "HND" else 1
-    least = break_even(backend, str(q.device), q.shape[-1])
-    if q.shape[tokens] < least or k.shape[tokens] < least:
-        return f"fewer than {least} tokens, too few to gain on this device (min_tokens is -1)"
-    return None
+    least = too_few(backend, str(q.device), q.shape[-1], q.shape[tokens], k.shape[tokens])
+    return f"fewer than {least} tokens, too few to gain on this device (min_tokens is -1)" if least else None

@@ -184,27 +184,33 @@ def chosen(config: str, device: str) -> Choice:
     return choose(Request(AttentionConfig.decode(config), torch.device(device)))
 
 
-# The fewest tokens, of queries and of keys, from which auto's whole calls were measured to be about as fast as torch's own
-# attention, or faster: backend and compute capability -> padded head_dim -> tokens. On an H200 (docs/numbers.md): of 4,096 to 4,608
-# tokens a call is at 1.10 to 1.21 times torch's speed, and a step of Flux.1 dev, whose calls are of 4,608, at 1.03.
+# The fewest tokens from which auto's whole calls were measured to be faster than torch's own attention: backend and compute
+# capability -> padded head_dim -> tokens. On an H200: docs/numbers.md, whose shapes include some on either side.
 NEVER = 1 << 20  # not at any length that was measured
 BREAK_EVEN = {
-    ("cuda", (9, 0)): {64: 16384, 128: 4096},
+    ("cuda", (9, 0)): {64: 4200, 128: 3500},
     ("triton", (9, 0)): {64: NEVER, 128: 32000},
 }
 NOT_MEASURED = 1024  # below it launches and quantisation cost more than any attention
 
 
-def break_even(backend: str, device: str, head_dim: int) -> int:
-    """The fewest tokens from which a backend's attention is worth it on a device."""
-    return _break_even(backend, device, padded_head_dim(head_dim))
+def too_few(backend: str, device: str, head_dim: int, nq: int, nk: int) -> int | None:
+    """The fewest tokens from which a backend's attention is worth it on a device, if a call of nq queries and nk keys has fewer.
+
+    Attention takes nq * nk, quantisation nq + 2 * nk, so a call counts as 3 * nq * nk / (nq + 2 * nk) tokens, which is nq where
+    both are the same. Where nobody has measured anything, the fewer of both count.
+    """
+    least, measured = _break_even(backend, device, padded_head_dim(head_dim))
+    fewer = 3 * nq * nk <= (least - 1) * (nq + 2 * nk) if measured else nq < least or nk < least
+    return least if fewer else None
 
 
 @torch.compiler.assume_constant_result
-def _break_even(backend: str, device: str, head_dim: int) -> int:
+def _break_even(backend: str, device: str, head_dim: int) -> tuple[int, bool]:
+    """That number, and whether it was measured."""
     on = torch.device(device)
     known = BREAK_EVEN.get((backend, torch.cuda.get_device_capability(on)), {}) if on.type == "cuda" else {}
-    return known.get(head_dim, NOT_MEASURED)
+    return known.get(head_dim, NOT_MEASURED), head_dim in known
 
 
 @lru_cache(maxsize=512)

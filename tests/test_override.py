@@ -221,13 +221,15 @@ def test_min_tokens(nq, nk):
 @pytest.mark.parametrize("skip_reshape", [False, True])
 def test_min_tokens_that_the_card_decides(monkeypatch, skip_reshape):
     asked = []
-    monkeypatch.setattr("nodes.override.break_even", lambda *asks: asked.append(asks) or 48)
+    monkeypatch.setattr(
+        "nodes.override.too_few", lambda *asks: asked.append(asks) or (48 if min(asks[3:]) < 48 else None)
+    )
     run, patch = make(min_tokens=-1)
     reason = "fewer than 48 tokens, too few to gain on this device (min_tokens is -1)"
     check_passed(run, patch, reason, *tensors(47, 60, skip_reshape=skip_reshape), skip_reshape=skip_reshape)
     core.calls = 0
     check_taken(*make(min_tokens=-1), *tensors(48, 48, skip_reshape=skip_reshape), skip_reshape=skip_reshape)
-    assert set(asked) == {("reference", "cpu", DIM)}
+    assert set(asked) == {("reference", "cpu", DIM, 47, 60), ("reference", "cpu", DIM, 48, 48)}
 
 
 def block(kind, index, total):
