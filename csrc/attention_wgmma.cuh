@@ -37,7 +37,8 @@ template <Mode MODE, int DIM, int V_DIM, bool MASKED> struct WgmmaAttention {
 
     // In which order the compiler has a turn's instructions is worth 5 %, and what makes it choose a good one was found by trying, for
     // each mode (docs/hopper.md). The result is the same.
-    static constexpr bool FLUSH_FIRST = MODE == Mode::int8_int32, HOLD_K = !FLUSH_FIRST && MODE != Mode::fp8_fp32;
+    static constexpr bool FLUSH_FIRST = MODE == Mode::int8_int32 && V_DIM > 64;
+    static constexpr bool HOLD_K = !FLUSH_FIRST && MODE != Mode::fp8_fp32 && MODE != Mode::fp16_fp32;
 
     // Words of P in a thread and row that are computed while the rest of the tile before is still being summed: half or none, whatever
     // is faster.

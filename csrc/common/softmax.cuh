@@ -16,7 +16,7 @@ template <Mode MODE, int M, int KEYS, int V_DIM, bool MASKED, bool WGMMA> struct
     static constexpr int GROUPS = KEYS / PANEL;  // of keys that share a K scale
     static constexpr int P_WORDS = KEYS * v_bytes(MODE) / 16;  // of a row half, in one thread
     // Chains in which a row's maximum is sought, each of which waits for itself alone: as many as are faster.
-    static constexpr bool TWO_CHAINS = MODE == Mode::int8_int32 || MODE == Mode::fp8_fp32_fp16 || MODE == Mode::fp8_fp32;
+    static constexpr bool TWO_CHAINS = (MODE == Mode::int8_int32 && V_DIM > 64) || MODE == Mode::fp8_fp32_fp16 || MODE == Mode::fp8_fp32;
     static constexpr int CHAINS = WGMMA && TWO_CHAINS ? 2 : 1;
     using Pv = PV<MODE>;
 
