@@ -1,5 +1,7 @@
 """Writes the newest result files' tables between the markers of README.md, docs/numbers.md and docs/accuracy.md.
 
+Times are of the newest file that has some, and so are errors: `bench.py --accuracy-only` and `--quick` leave one of them out.
+
 python benchmarks/tables.py            # after `make bench`
 python benchmarks/tables.py --check    # exit code 1 if a table is not what the newest result file gives
 """
@@ -42,6 +44,14 @@ def is_benchmark(result: dict) -> bool:
 def is_end_to_end(result: dict) -> bool:
     """Whether end_to_end.py wrote it."""
     return any("model" in row for row in result.get("rows", ()))
+
+
+def has_times(result: dict) -> bool:
+    return is_benchmark(result) and any(map(is_timed, result["rows"]))
+
+
+def has_accuracy(result: dict) -> bool:
+    return is_benchmark(result) and any(row["name"] == "accuracy" for row in result["rows"])
 
 
 def newest(folder: Path, kind=is_benchmark) -> Path | None:
@@ -224,21 +234,26 @@ def replaced(text: str, table: str, name: str) -> str:
 
 def update(root: Path, check: bool) -> list[str]:
     """Write the documents of `root`, or with check only compare; the names of those that were or would be changed."""
-    source = newest(root / "benchmarks" / "results")
-    if source is None:
-        raise ValueError(
-            f"{root / 'benchmarks' / 'results'} holds no result file: run make bench on a machine with a GPU"
-        )
-    result = json.loads(source.read_text(encoding="utf-8"))
-    models = newest(root / "benchmarks" / "results", is_end_to_end)
+    folder = root / "benchmarks" / "results"
+    times, errors, models = (newest(folder, kind) for kind in (has_times, has_accuracy, is_end_to_end))
+    if times is None and errors is None:
+        raise ValueError(f"{folder} holds no result file: run make bench on a machine with a GPU")
+    wanted: dict[Path, list[dict]] = {}  # of each file, its rows that tables are made of
+    for source, is_accuracy in ((times, False), (errors, True)):
+        if source:
+            rows = json.loads(source.read_text(encoding="utf-8"))["rows"]
+            wanted.setdefault(source, []).extend(row for row in rows if (row["name"] == "accuracy") == is_accuracy)
     changed = []
     for name, shown in DOCUMENTS.items():
         path = root / name
         if not path.exists():
             continue
         text = path.read_text(encoding="utf-8")
-        rows = [row for row in result["rows"] if shown(row)]
-        table = render({**result, "rows": rows}, source.relative_to(root).as_posix())
+        parts = []
+        for source, rows in wanted.items():
+            result = {**json.loads(source.read_text(encoding="utf-8")), "rows": list(filter(shown, rows))}
+            parts += [render(result, source.relative_to(root).as_posix())] if result["rows"] else []
+        table = "\n\n".join(parts)
         if models and name in WITH_MODELS:
             whole = json.loads(models.read_text(encoding="utf-8"))
             table += "\n\n" + end_to_end(whole, models.relative_to(root).as_posix())
