@@ -238,11 +238,7 @@ def update(root: Path, check: bool) -> list[str]:
     times, errors, models = (newest(folder, kind) for kind in (has_times, has_accuracy, is_end_to_end))
     if times is None and errors is None:
         raise ValueError(f"{folder} holds no result file: run make bench on a machine with a GPU")
-    wanted: dict[Path, list[dict]] = {}  # of each file, its rows that tables are made of
-    for source, is_accuracy in ((times, False), (errors, True)):
-        if source:
-            rows = json.loads(source.read_text(encoding="utf-8"))["rows"]
-            wanted.setdefault(source, []).extend(row for row in rows if (row["name"] == "accuracy") == is_accuracy)
+    results = {path: json.loads(path.read_text(encoding="utf-8")) for path in (times, errors) if path}
     changed = []
     for name, shown in DOCUMENTS.items():
         path = root / name
@@ -250,9 +246,13 @@ def update(root: Path, check: bool) -> list[str]:
             continue
         text = path.read_text(encoding="utf-8")
         parts = []
-        for source, rows in wanted.items():
-            result = {**json.loads(source.read_text(encoding="utf-8")), "rows": list(filter(shown, rows))}
-            parts += [render(result, source.relative_to(root).as_posix())] if result["rows"] else []
+        for source, result in results.items():
+            rows = [
+                row
+                for row in result["rows"]
+                if shown(row) and source == (errors if row["name"] == "accuracy" else times)
+            ]
+            parts += [render({**result, "rows": rows}, source.relative_to(root).as_posix())] if rows else []
         table = "\n\n".join(parts)
         if models and name in WITH_MODELS:
             whole = json.loads(models.read_text(encoding="utf-8"))

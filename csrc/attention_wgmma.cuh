@@ -1,9 +1,9 @@
 // Attention with wgmma, for compute capability 9.0 alone: INT8 Q K^T and PV in the modes of has_wgmma.
 //
 // A block has three warpgroups and takes 128 queries at a time. One thread of the first asks for Q and for tiles of K and V, which
-// copies bring into shared memory (copy), and its other warps for what else is needed (Brief::help); the other two each own 64 queries. What
-// these do with a tile is in turn(): a warpgroup's matrix products run in the background of its own softmax and of the other's.
-// docs/hopper.md draws it and lists what else was tried.
+// copies bring into shared memory (copy), and its other warps for what else is needed (Brief::help); the other two each own 64
+// queries. What these do with a tile is in turn(): a warpgroup's matrix products run in the background of its own softmax and of
+// the other's. docs/hopper.md draws it and lists what else was tried.
 #pragma once
 
 #include "common/briefs.cuh"

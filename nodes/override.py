@@ -180,4 +180,4 @@ def _too_few(settings: Settings, backend: str, q, k, layout: str) -> str | None:
         return None
     tokens = 2 if layout == "HND" else 1
     least = too_few(backend, str(q.device), q.shape[-1], q.shape[tokens], k.shape[tokens])
-    return f"fewer than {least} tokens, too few to gain on this device (min_tokens is -1)" if least else None
+    return f"counts as fewer than {least} tokens, too few to gain on this device (min_tokens is -1)" if least else None

@@ -50,8 +50,8 @@ template <class Soft, int ROWS, int V_DIM> struct Brief {
         return f;
     }
 
-    // What the helping warps do. Each thread asks for all of its share before it waits for anything: the warpgroups leave these few turns,
-    // and one wait after another would take longer than a short block.
+    // What the helping warps do. Each thread asks for all of its share before it waits for anything: the warpgroups leave these few
+    // turns, and one wait after another would take longer than a short block.
     template <class Tiles, class Blocks>
     __device__ static void help(const Call& call, const QCodes& q, const KCodes& k, const Stats& stats, const Tiles& tiles, uint32_t briefs,
                                 const Blocks& blocks) {
